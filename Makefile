@@ -1,0 +1,48 @@
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+
+.PHONY: help run demo test check bench format clean
+
+help:
+	@echo "make run     hub on 127.0.0.1:8080 with this machine as its first server"
+	@echo "make demo    the seven-task pipeline on two agents in scratch directories (CHECK=1: ends)"
+	@echo "make test    everything, from nothing"
+	@echo "make check   style, without running anything"
+	@echo "make bench   measurements beside a reference in the same run"
+
+$(VENV)/run: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Orchestratia needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/run
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+run: $(VENV)/run
+	@scripts/need.sh tmux=tmux git=git
+	@$(PY) scripts/run.py
+
+demo: $(VENV)/run
+	@scripts/need.sh tmux=tmux git=git
+	@CHECK=$(CHECK) $(PY) scripts/demo.py
+
+test: $(VENV)/dev check
+	@scripts/need.sh tmux=tmux git=git chromium=chromium chromedriver=chromium-driver
+	$(PY) -m pytest
+
+check: $(VENV)/dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(VENV)/dev
+	$(PY) benchmarks/cascade.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

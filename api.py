@@ -1,0 +1,863 @@
+"""`/api/v1`: JSON in, JSON out. Every view translates a request into one use case of layer 2."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from apiflask import APIBlueprint
+from flask import Response, request
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+import auth
+import reading
+import sessions
+import tasks
+import web
+from models import Forbidden, Invalid, NotFound, bus, iso, loads, one
+from web import caller
+
+VERSION = "0.1.0"
+BEAT_S = 15.0  # a comment this often lets a stream notice that its reader has gone
+
+bp = APIBlueprint("api", __name__, tag="Hub")
+# What a session on a server uses answers under /api/v1/server too, as older clients spell it.
+work = APIBlueprint("work", __name__, tag="Work")
+
+# ── shapes ────────────────────────────────────────────────────────────────────────────────────
+
+Text = Annotated[str, StringConstraints(max_length=1_000_000)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
+Word = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+Words = Annotated[list[Word], Field(max_length=100)]
+Seconds = Annotated[float, Field(ge=0, le=10 * 365 * 86400)]
+Argument = Annotated[
+    str, StringConstraints(max_length=100_000, pattern=r"^[^\x00]*$")
+]  # what exec() takes
+
+
+class Shape(BaseModel):
+    """Unknown fields are ignored, as old clients send some."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Exact(BaseModel):
+    """Unknown fields are refused: a misspelt one must not get lost."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Login(Shape):
+    username: str = ""
+    password: str = ""
+    login_token: str | None = None
+
+
+class ProjectIn(Shape):
+    name: Name
+    profile: Word = "command"
+
+
+class ProjectChange(Shape):
+    name: Name | None = None
+    profile: Word | None = None
+    settings: dict | None = None
+
+
+class UserIn(Shape):
+    username: Name
+    password: str | None = None
+    is_admin: bool = False
+    roles: dict[str, str] = {}
+
+
+class UserChange(Shape):
+    password: str | None = None
+    is_admin: bool | None = None
+    disabled: bool | None = None
+    roles: dict[str, str] | None = None
+
+
+class TokenIn(Shape):
+    project_id: str | None = None
+    ttl_s: Annotated[float, Field(gt=0, le=30 * 86400)] | None = None
+    note: Name | None = None
+
+
+class Declared(Shape):
+    languages: Words | None = None
+    frameworks: Words | None = None
+    capabilities: Words | None = None
+    slots: Annotated[int, Field(ge=1, le=10_000)] | None = None
+
+
+class DeclaredByAdmin(Exact):
+    repos: dict[str, dict] | None = None
+    languages: Words | None = None
+    frameworks: Words | None = None
+    capabilities: Words | None = None
+
+
+class Registering(Shape):
+    registration_token: str
+    name: Name
+    hostname: str = ""
+    ip: str = ""
+    os: str = ""
+    repos: dict[str, str | dict] = {}
+    system_info: dict = {}
+    machine_id: str = ""
+    mac_address: str = ""
+    capabilities: Declared | None = None
+
+
+class Heartbeat(Shape):
+    system_info: dict | None = None
+
+
+class ServerChange(Shape):
+    name: Name | None = None
+    declared: DeclaredByAdmin | None = None
+    slots: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    manual: bool | None = None
+
+
+class Wishes(Exact):
+    repo: Word | None = None
+    languages: Words | None = None
+    frameworks: Words | None = None
+    capabilities: Words | None = None
+
+
+class Requirements(Wishes):
+    prefer: Wishes | None = None
+
+
+class Link(Shape):
+    depends_on_task_id: str
+    dependency_type: str = "blocks"
+    contract_key: str | None = None
+
+
+class TaskFields(Shape):
+    spec: Text | None = None
+    structured_spec: dict | None = None
+    type: Literal[tasks.TYPES] | None = None
+    priority: Literal[reading.PRIORITIES] | None = None
+    target_repo: Word | None = None
+    target_branch: str | None = None
+    acceptance_criteria: list[str] | None = None
+    requirements: Requirements | None = None
+    profile: Word | None = None
+    command: Annotated[list[Argument], Field(max_length=1000)] | None = None
+    auto_assign: bool | None = None
+    require_plan: bool | None = None
+    on_lost: Literal[tasks.ON_LOST] | None = None
+    max_attempts: Annotated[int, Field(ge=1, le=100)] | None = None
+    retry_delay_s: Seconds | None = None
+    queue_timeout: Seconds | None = None
+    start_timeout: Seconds | None = None
+    progress_timeout: Seconds | None = None
+    timeout: Seconds | None = None
+
+
+class TaskIn(TaskFields):
+    title: Annotated[str, StringConstraints(max_length=1000)]
+    project_id: str | None = None
+    session_id: str | None = None
+    dependency_ids: list[str] = []
+    dependencies: list[Link] = []
+
+
+class TaskChange(TaskFields):
+    title: Annotated[str, StringConstraints(max_length=1000)] | None = None
+    target_repo: Annotated[str, StringConstraints(max_length=100)] | None = None
+
+
+class PipelineLink(Exact):
+    task: str
+    type: str | None = None
+    key: str | None = None
+
+
+class PipelineTask(TaskFields):
+    model_config = ConfigDict(extra="forbid")
+    id: Name
+    title: Annotated[str, StringConstraints(max_length=1000)]
+    repo: Word | None = None
+    branch: str | None = None
+    depends_on: list[str | PipelineLink] = []
+    assign: Name | None = None
+
+
+class PipelineIn(Exact):
+    schema_: Literal["orchestratia/pipeline/v1"] | None = Field(None, alias="$schema")
+    name: Name
+    description: str | None = None
+    project_id: str | None = None
+    project: str | None = None
+    tasks: Annotated[list[PipelineTask], Field(max_length=10_000)]
+
+
+class Assignment(Shape):
+    session: str | None = None
+    session_name: str | None = None
+    server: str | None = None
+    require_plan: bool | None = None
+
+
+class Report(Shape):
+    attempt: Annotated[int, Field(ge=1)] | None = None
+
+
+class Completion(Report):
+    result: Any = None
+    git_diff_stats: dict | None = None
+
+
+class Failure(Report):
+    error: Text = "no reason given"
+
+
+class Amendment(Shape):
+    data: Any
+
+
+class SessionIn(Shape):
+    server_id: str
+    task_id: str | None = None
+    project_id: str | None = None
+    working_dir: str | None = None
+    working_directory: str | None = None
+    name: Name | None = None
+    role: Literal["worker", "orchestrator", "plain"] | None = None
+    profile: Word | None = None
+    command: Annotated[list[Argument], Field(min_length=1, max_length=1000)] | None = None
+    cols: Annotated[int, Field(ge=2, le=500)] | None = None
+    rows: Annotated[int, Field(ge=2, le=500)] | None = None
+
+
+class Typing(Shape):
+    text: Annotated[str, StringConstraints(max_length=1_000_000)] | None = None
+    data: Annotated[str, StringConstraints(max_length=800_000)] | None = None
+
+
+class Size(Shape):
+    cols: Annotated[int, Field(ge=2, le=500)]
+    rows: Annotated[int, Field(ge=2, le=500)]
+
+
+class Closing(Shape):
+    force: bool = False
+
+
+class Page(Shape):
+    project_id: str | None = None
+    status: str | None = None
+    q: str | None = None
+    server: str | None = None
+    pipeline_id: str | None = None
+    limit: Annotated[int, Field(ge=1, le=1000)] = reading.LIST_LIMIT
+    cursor: Annotated[int, Field(ge=0)] | None = None
+
+
+class SessionPage(Shape):
+    project_id: str | None = None
+    status: str | None = None
+    all: bool = False
+
+
+class EventPage(Shape):
+    after: Annotated[int, Field(ge=0)] = 0
+    task_id: str | None = None
+    project_id: str | None = None
+    limit: Annotated[int, Field(ge=1, le=1000)] = 200
+
+
+class ProjectPage(Shape):
+    project_id: str | None = None
+
+
+class Cascading(Shape):
+    cascade: bool = False
+
+
+class OutputPage(Shape):
+    offset: Annotated[int, Field(ge=0)] = 0
+
+
+def given(shape: BaseModel) -> dict:
+    """Just the fields the request has."""
+    return shape.model_dump(exclude_unset=True)
+
+
+def project_ids(project_id: str | None) -> list[str]:
+    """The project named, or all the caller can see."""
+    if project_id:
+        return [auth.pick_project(caller(), project_id)["id"]]
+    return [p["id"] for p in auth.visible_projects(caller())]
+
+
+# ── who am I ──────────────────────────────────────────────────────────────────────────────────
+
+
+@bp.get("/health")
+def health():
+    """Whether the hub answers; needs no credential."""
+    one("SELECT 1 AS ok")
+    return {"status": "ok", "version": VERSION}
+
+
+@bp.post("/auth/login")
+@bp.input(Login)
+def login(json_data: Login):
+    """Exchange a user name and password, or a one-time login token, for a token."""
+    if json_data.login_token:
+        token, user = auth.login_with_link(json_data.login_token, "api")
+    else:
+        token, user = auth.login(
+            json_data.username, json_data.password, request.remote_addr or "", "api"
+        )
+    return {"token": token, "user": user}
+
+
+@bp.post("/auth/logout")
+def logout():
+    """End the token this request carries."""
+    auth.logout(caller())
+    return {"ok": True}
+
+
+@bp.get("/auth/me")
+def me():
+    """Who the credential of this request is and what it can see."""
+    who = caller()
+    projects = auth.visible_projects(who)
+    return {
+        "kind": who.kind,
+        "id": who.id,
+        "name": who.name,
+        "is_admin": who.is_admin,
+        "role": who.roles.get(who.project_id) if who.project_id else None,
+        "project_id": who.project_id,
+        "projects": [{k: p[k] for k in ("id", "name", "role")} for p in projects],
+        "server_id": who.server_id,
+        "session_id": who.session_id,
+        "task_id": who.task_id,
+        "hub": {"version": VERSION, "url": web.hub_url()},
+    }
+
+
+# ── projects and users ────────────────────────────────────────────────────────────────────────
+
+
+def project_json(project: dict) -> dict:
+    shown = {k: project[k] for k in ("id", "name", "profile", "role")}
+    return shown | {
+        "settings": loads(project["settings"]),
+        "created_at": iso(project["created_at"]),
+    }
+
+
+@bp.get("/projects")
+def list_projects():
+    """The projects the caller can see."""
+    return {"projects": [project_json(p) for p in auth.visible_projects(caller())]}
+
+
+@bp.post("/projects")
+@bp.input(ProjectIn)
+def create_project(json_data: ProjectIn):
+    """Make a project (hub admins)."""
+    return project_json(auth.create_project(caller(), json_data.name, json_data.profile)), 201
+
+
+@bp.get("/projects/<ref>")
+def get_project(ref):
+    """One project by id or name."""
+    return project_json(auth.pick_project(caller(), ref))
+
+
+@bp.patch("/projects/<ref>")
+@bp.input(ProjectChange)
+def change_project(ref, json_data: ProjectChange):
+    """Change a project's name, default profile or settings (its admins)."""
+    project = auth.pick_project(caller(), ref)
+    return project_json(auth.change_project(caller(), project["id"], given(json_data)))
+
+
+@bp.get("/users")
+def list_users():
+    """All users with their roles (hub admins)."""
+    return {"users": auth.list_users(caller())}
+
+
+@bp.post("/users")
+@bp.input(UserIn)
+def create_user(json_data: UserIn):
+    """Make a user with roles per project: viewer, operator or admin (hub admins)."""
+    made = auth.create_user(
+        caller(), json_data.username, json_data.password, json_data.is_admin, json_data.roles
+    )
+    return made, 201
+
+
+@bp.get("/users/<ref>")
+def get_user(ref):
+    """One user by id or name (hub admins)."""
+    return auth.user_json(auth.get_user(caller(), ref))
+
+
+@bp.patch("/users/<ref>")
+@bp.input(UserChange)
+def change_user(ref, json_data: UserChange):
+    """Change password, roles, or whether the user may sign in (hub admins)."""
+    return auth.change_user(caller(), ref, given(json_data))
+
+
+@bp.delete("/users/<ref>")
+def delete_user(ref):
+    """Delete a user and end their tokens (hub admins)."""
+    auth.delete_user(caller(), ref)
+    return {"deleted": True}
+
+
+# ── servers ───────────────────────────────────────────────────────────────────────────────────
+
+
+@bp.post("/servers/tokens")
+@bp.input(TokenIn)
+def create_token(json_data: TokenIn):
+    """Make a one-time registration token; it is shown this once, with ready commands."""
+    project = auth.pick_project(caller(), json_data.project_id)
+    made = auth.registration_token(
+        caller(), project["id"], web.hub_url(), json_data.ttl_s, json_data.note
+    )
+    shown = {"project_id": project["id"], "project_name": project["name"]}
+    return made | shown | {"commands": auth.install_commands(made["token"])}, 201
+
+
+@bp.post("/servers/register")
+@bp.input(Registering)
+def register(json_data: Registering):
+    """Register a server with a one-time token; its key is in the answer, this once."""
+    return sessions.register(json_data.model_dump(), request.remote_addr or "")
+
+
+@bp.post("/servers/heartbeat")
+@bp.input(Heartbeat)
+def heartbeat(json_data: Heartbeat):
+    """A server's sign of life."""
+    sessions.heartbeat(server_caller(), json_data.system_info)
+    return {"ok": True, "heartbeat_s": sessions.HEARTBEAT_S}
+
+
+def server_caller() -> auth.Caller:
+    """The calling server. Raises Forbidden for any other credential."""
+    who = caller()
+    if who.kind != "server":
+        raise Forbidden("This is for servers: send the server's key as X-API-Key.")
+    return who
+
+
+@bp.get("/servers/tasks/poll")
+def poll_tasks():
+    """The tasks on the calling server, with everything their workers need."""
+    return {"tasks": sessions.assigned_tasks(server_caller())}
+
+
+@bp.get("/servers")
+@bp.input(ProjectPage, location="query")
+def list_servers(query_data: ProjectPage):
+    """The servers of the project named, or of all the caller can see."""
+    return {"servers": sessions.list_servers(project_ids(query_data.project_id))}
+
+
+@work.get("/servers")
+@work.input(ProjectPage, location="query")
+def list_servers_for_work(query_data: ProjectPage):
+    """The same list for sessions on a server."""
+    return {"servers": sessions.list_servers(project_ids(query_data.project_id))}
+
+
+@bp.get("/servers/<ref>")
+def get_server(ref):
+    """One server by id, unique prefix or name."""
+    return sessions.server_json(sessions.get_server(caller(), ref))
+
+
+@bp.patch("/servers/<ref>")
+@bp.input(ServerChange)
+def change_server(ref, json_data: ServerChange):
+    """Rename a server, declare what it can do, set its slots, or start workers by hand only."""
+    return sessions.server_json(sessions.change_server(caller(), ref, given(json_data)))
+
+
+@bp.delete("/servers/<ref>")
+def delete_server(ref):
+    """Revoke a server; its history stays."""
+    sessions.revoke(caller(), ref)
+    return {"deleted": True}
+
+
+@bp.post("/servers/<ref>/drain")
+def drain_server(ref):
+    """Give the server no new work."""
+    return sessions.server_json(sessions.drain(caller(), ref))
+
+
+@bp.post("/servers/<ref>/resume")
+def resume_server(ref):
+    """Give the server work again."""
+    return sessions.server_json(sessions.resume(caller(), ref))
+
+
+@bp.post("/servers/<ref>/revoke")
+def revoke_server(ref):
+    """Take the server's key away for good; its work is routed anew."""
+    return sessions.server_json(sessions.revoke(caller(), ref))
+
+
+# ── tasks ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@work.get("/tasks")
+@work.input(Page, location="query")
+def list_tasks(query_data: Page):
+    """Tasks, newest first."""
+    server = query_data.server and sessions.get_server(caller(), query_data.server)["id"]
+    found, cursor = reading.list_tasks(
+        project_ids(query_data.project_id),
+        status=query_data.status,
+        q=query_data.q,
+        server_id=server,
+        pipeline_id=query_data.pipeline_id,
+        limit=query_data.limit,
+        cursor=query_data.cursor,
+    )
+    return {"tasks": reading.tasks_json(found), "next_cursor": cursor}
+
+
+@work.post("/tasks")
+@work.input(TaskIn)
+def create_task(json_data: TaskIn):
+    """Make a task, with its dependencies."""
+    project = auth.pick_project(caller(), json_data.project_id)
+    return reading.task_json(tasks.create(caller(), project, given(json_data))), 201
+
+
+@work.get("/tasks/<ref>")
+def get_task(ref):
+    """One task by id or unique prefix."""
+    return reading.task_json(auth.find("task", caller(), ref))
+
+
+@work.put("/tasks/<ref>")
+@work.input(TaskChange)
+def put_task(ref, json_data: TaskChange):
+    """Change the fields given."""
+    return reading.task_json(tasks.update(caller(), ref, given(json_data)))
+
+
+@work.patch("/tasks/<ref>")
+@work.input(TaskChange)
+def patch_task(ref, json_data: TaskChange):
+    """Change the fields given."""
+    return reading.task_json(tasks.update(caller(), ref, given(json_data)))
+
+
+@work.delete("/tasks/<ref>")
+@work.input(Cascading, location="query")
+def cancel_task(ref, query_data: Cascading):
+    """Cancel a task; with `cascade=true` everything that waits for it too."""
+    task, also = tasks.cancel(caller(), ref, downstream=query_data.cascade)
+    return {"cancelled": True, "task_id": task["id"], "also_cancelled": also}
+
+
+@work.post("/tasks/<ref>/assign")
+@work.input(Assignment)
+def assign_task(ref, json_data: Assignment):
+    """Give a task to a session or server, or with neither have it routed."""
+    return reading.task_json(tasks.assign(caller(), ref, **json_data.model_dump()))
+
+
+@work.post("/tasks/<ref>/start")
+@work.input(Report)
+def start_task(ref, json_data: Report):
+    """The worker has begun."""
+    return reading.task_json(tasks.start(caller(), ref, json_data.attempt))
+
+
+@work.post("/tasks/<ref>/complete")
+@work.input(Completion)
+def complete_task(ref, json_data: Completion):
+    """The worker is done; what waited for it goes on in the same step."""
+    done = tasks.complete(
+        caller(), ref, json_data.result, json_data.attempt, json_data.git_diff_stats
+    )
+    return reading.task_json(done)
+
+
+@work.post("/tasks/<ref>/fail")
+@work.input(Failure)
+def fail_task(ref, json_data: Failure):
+    """The worker gave up."""
+    return reading.task_json(tasks.fail(caller(), ref, json_data.error, json_data.attempt))
+
+
+@work.post("/tasks/<ref>/retry")
+def retry_task(ref):
+    """Open a failed or cancelled task again."""
+    return reading.task_json(tasks.retry(caller(), ref))
+
+
+@work.post("/tasks/<ref>/dependencies")
+@work.input(Link)
+def add_dependency(ref, json_data: Link):
+    """Make the task wait for another, take an input from it, or relate to it."""
+    row = tasks.add_dependency(
+        caller(),
+        ref,
+        json_data.depends_on_task_id,
+        json_data.dependency_type,
+        json_data.contract_key,
+    )
+    return {
+        "id": row["id"],
+        "task_id": row["task_id"],
+        "depends_on_task_id": row["upstream_id"],
+        "dependency_type": row["kind"],
+        "contract_key": row["key"] or None,
+        "resolved": bool(row["resolved"]),
+    }, 201
+
+
+@work.delete("/tasks/<ref>/dependencies/<other>")
+def remove_dependency(ref, other):
+    """Remove every dependency of the task on the other."""
+    return {"removed": tasks.remove_dependency(caller(), ref, other)}
+
+
+@work.get("/tasks/<ref>/events")
+def task_events(ref):
+    """The task's timeline, oldest first."""
+    return {"events": reading.timeline(caller(), ref)}
+
+
+@work.get("/tasks/<ref>/explain")
+def explain_task(ref):
+    """Why the task is where it is: blockers, each server's score or reasons, the choice."""
+    return reading.explain(caller(), ref)
+
+
+@work.get("/tasks/<ref>/contracts")
+def list_contracts(ref):
+    """What the task owes and has delivered."""
+    return {"contracts": reading.contracts(caller(), ref)}
+
+
+@work.get("/tasks/<ref>/contracts/<key>")
+def get_contract(ref, key):
+    """One contract of the task."""
+    found = [c for c in reading.contracts(caller(), ref) if c["key"] == key]
+    if not found:
+        raise NotFound(f"The task has no contract {key!r}, neither expected nor delivered.")
+    return found[0]
+
+
+@work.put("/tasks/<ref>/contracts/<key>")
+@work.input(Amendment)
+def amend_contract(ref, key, json_data: Amendment):
+    """Supply or amend a contract by hand."""
+    tasks.amend_contract(caller(), ref, key, json_data.data)
+    return get_contract(ref, key)
+
+
+# ── pipelines ─────────────────────────────────────────────────────────────────────────────────
+
+
+@bp.post("/pipelines")
+@bp.input(PipelineIn)
+def apply_pipeline(json_data: PipelineIn):
+    """Make all tasks of a pipeline, or none."""
+    project = auth.pick_project(caller(), json_data.project_id or json_data.project)
+    items = [_pipeline_item(task) for task in json_data.tasks]
+    made = tasks.create_pipeline(caller(), project, json_data.name, items)
+    return reading.pipeline_json(made, with_tasks=True), 201
+
+
+def _pipeline_item(task: PipelineTask) -> dict:
+    item = given(task)
+    for short, full in (("repo", "target_repo"), ("branch", "target_branch")):
+        value = item.pop(short, None)
+        if value is not None and item.setdefault(full, value) != value:
+            raise Invalid(f"Task {task.id!r}: {short} and {full} differ: give one of them.")
+    return item
+
+
+@bp.get("/pipelines")
+@bp.input(ProjectPage, location="query")
+def list_pipelines(query_data: ProjectPage):
+    """Pipelines with their counts, newest first."""
+    found = reading.list_pipelines(project_ids(query_data.project_id))
+    return {"pipelines": [reading.pipeline_json(row) for row in found]}
+
+
+@bp.get("/pipelines/<ref>")
+def get_pipeline(ref):
+    """One pipeline with its tasks, by id, unique prefix or name (the newest of that name)."""
+    return reading.pipeline_json(reading.get_pipeline(caller(), ref), with_tasks=True)
+
+
+# ── sessions ──────────────────────────────────────────────────────────────────────────────────
+
+
+@work.get("/sessions")
+@work.input(SessionPage, location="query")
+def list_sessions(query_data: SessionPage):
+    """Live sessions; with `all` those that ended too."""
+    found = sessions.list_sessions(
+        project_ids(query_data.project_id), every=query_data.all, status=query_data.status
+    )
+    return {"sessions": found}
+
+
+@work.post("/sessions")
+@work.input(SessionIn)
+def open_session(json_data: SessionIn):
+    """Start a session; for a task whose attempt has a live one, that one (200)."""
+    data = given(json_data)
+    data.setdefault("working_dir", data.pop("working_directory", None))
+    session, made = sessions.open_session(caller(), data)
+    return sessions.session_view(session), 201 if made else 200
+
+
+@work.get("/sessions/<ref>")
+def get_session(ref):
+    """One session by id, unique prefix or name."""
+    return sessions.session_view(sessions.get_session(caller(), ref))
+
+
+@work.post("/sessions/<ref>/input")
+@work.input(Typing)
+def type_into(ref, json_data: Typing):
+    """Type a text and submit it safely (`text`), or pass raw bytes (`data`, base64)."""
+    if (json_data.text is None) == (json_data.data is None):
+        raise Invalid("Give either `text` or `data`.")
+    if json_data.text is not None:
+        sessions.type_text(caller(), ref, json_data.text)
+    else:
+        sessions.type_raw(caller(), ref, json_data.data)
+    return {"ok": True}
+
+
+@work.post("/sessions/<ref>/resize")
+@work.input(Size)
+def resize_session(ref, json_data: Size):
+    """Set the size of the session's terminal."""
+    resized = sessions.resize(caller(), ref, json_data.cols, json_data.rows)
+    return sessions.session_view(resized)
+
+
+@work.post("/sessions/<ref>/close")
+@work.input(Closing)
+def close_session(ref, json_data: Closing):
+    """Have the session ended."""
+    closed = sessions.close_session(caller(), ref, force=json_data.force)
+    return sessions.session_view(closed)
+
+
+@work.get("/sessions/<ref>/screen")
+def session_screen(ref):
+    """The last screen the session's server sent."""
+    return sessions.screen(caller(), ref)
+
+
+@work.get("/sessions/<ref>/output")
+@work.input(OutputPage, location="query")
+@work.doc(responses={200: {"description": "bytes", "content": {"application/octet-stream": {}}}})
+def session_output(ref, query_data: OutputPage):
+    """The bytes of the session's log from `offset` on (at most 1 MB at a time)."""
+    data, end = sessions.output(caller(), ref, query_data.offset, 1_000_000)
+    headers = {"X-Next-Offset": str(end), "X-Log-Start": "0"}
+    return Response(data, mimetype="application/octet-stream", headers=headers)
+
+
+# ── events ────────────────────────────────────────────────────────────────────────────────────
+
+
+@bp.get("/events")
+@bp.input(EventPage, location="query")
+def list_events(query_data: EventPage):
+    """Events above an id, oldest first."""
+    task = query_data.task_id and auth.find("task", caller(), query_data.task_id)["id"]
+    found = reading.events(
+        caller(),
+        query_data.after,
+        project_ids=project_ids(query_data.project_id),
+        task_id=task,
+        limit=query_data.limit,
+    )
+    more = len(found) == query_data.limit
+    return {"events": found, "next_cursor": found[-1]["id"] if more else None}
+
+
+@bp.get("/events/stream")
+@bp.doc(responses={200: {"description": "SSE", "content": {"text/event-stream": {}}}})
+def stream_events():
+    """Events as they are committed (SSE); `Last-Event-ID` or `?after=` resumes without loss."""
+    who = caller()
+    after = request.headers.get("Last-Event-ID") or request.args.get("after")
+    start = int(after) if after and after.isdigit() else None
+    headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
+    return Response(_stream(who, start), mimetype="text/event-stream", headers=headers)
+
+
+def _stream(who: auth.Caller, after: int | None):
+    """Yield SSE frames: what the table has above `after`, then what the bus brings.
+
+    A gap between ids (this reader was too slow, or two commits crossed) is read from the table.
+    """
+    with bus.subscribe("events", "access") as live:
+        last = reading.last_event_id() if after is None else after
+        yield ": hello\n\n"
+        for event in _missed(who, last):
+            last = event["id"]
+            yield _sse(event)
+        while not live.closed:
+            event = live.get(BEAT_S)
+            if event is None and not live.closed:
+                yield ": beat\n\n"
+            who = _still_allowed(who, event)
+            if who is None:
+                return
+            if not isinstance(event, dict) or event["id"] <= last:
+                continue
+            if event["prev"] > last:
+                for missed in _missed(who, last, event["id"]):
+                    yield _sse(missed)
+            elif reading.may_see(who, event):
+                yield _sse(event)
+            last = event["id"]
+
+
+def _still_allowed(who: auth.Caller, message) -> auth.Caller | None:
+    """Look the person up again on every beat and whenever rights were changed."""
+    if isinstance(message, dict):
+        return who
+    return auth.again(who)
+
+
+def _missed(who: auth.Caller, after: int, upto: int | None = None):
+    visible = [p["id"] for p in auth.visible_projects(who)]
+    while True:
+        page = reading.events(who, after, project_ids=visible, limit=reading.EVENTS_MOST)
+        for event in page:
+            if upto is None or event["id"] <= upto:
+                yield event
+        if len(page) < reading.EVENTS_MOST or (upto is not None and page[-1]["id"] >= upto):
+            return
+        after = page[-1]["id"]
+
+
+def _sse(event: dict) -> str:
+    return f"id: {event['id']}\nevent: {event['type']}\ndata: {json.dumps(event)}\n\n"

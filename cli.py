@@ -1,0 +1,2851 @@
+#!/usr/bin/env python3
+"""`orchestratia`: the command line of an Orchestratia hub.
+
+One file that imports nothing of the project and talks HTTP only, so that it can be copied to any
+machine. With `--json` every command prints the hub's answer, or `{"error", "code", "fields"}`, on
+standard output. Exit codes: 0 done, 1 refused by the hub (or the work awaited has failed),
+2 wrong usage, 3 hub unreachable, 4 timed out waiting, 130 interrupted.
+"""
+
+import codecs
+import functools
+import io
+import ipaddress
+import json
+import os
+import queue
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from http.cookiejar import DefaultCookiePolicy
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qs, quote, urlsplit
+
+import click
+import requests
+import yaml
+from rich.console import Console
+from rich.console import Group as Stack
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+from urllib3.exceptions import HTTPError as TransportError  # what reading a requests stream raises
+
+VERSION = "1.0.0"
+CONNECT_TIMEOUT_S = 5
+ANSWER_TIMEOUT_S = 30
+BEAT_TIMEOUT_S = 45  # three of the hub's beats of 15 s
+GIVE_UP_S = 120  # how long a watcher looks for a hub that has gone
+GET_ATTEMPTS = 3
+PAGE = 1000  # the longest list the hub gives at once
+FOLLOW_INTERVAL_S = 1
+RETRY_PAUSE_S = 0.2
+RECONNECT_S = 0.5
+LOST_THE_HUB = "Lost the hub; trying to reach it again…"
+WIDE = 100_000  # columns of a "terminal" that never wraps
+EXIT_REFUSED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_TIMEOUT, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+
+ENDED = {"done", "failed", "cancelled"}
+ACTIVE = ("running", "needs_human", "plan_review", "planning", "assigned")
+SESSION_OVER = {"closed", "failed", "lost"}
+PRIORITIES = click.Choice(["low", "normal", "high", "critical"])
+TYPES = click.Choice(["feature", "bugfix", "refactor", "chore", "docs"])
+DEPENDENCY_TYPES = ("blocks", "input", "related")
+
+# What `wait --for` takes beside a status, and the statuses that fulfil it.
+GOALS = {"started": {"running", "needs_human", "done"}}
+# Statuses an event proves, so that a state too short to be read is not missed.
+EVENT_STATUS = {
+    "task_assigned": "assigned",
+    "task_auto_assigned": "assigned",
+    "task_planning": "planning",
+    "task_plan_submitted": "plan_review",
+    "task_plan_approved": "running",
+    "task_started": "running",
+    "task_needs_human": "needs_human",
+    "task_completed": "done",
+    "task_failed": "failed",
+    "task_cancelled": "cancelled",
+}
+MARKS = {
+    "running": ("●", "cyan"),
+    "needs_human": ("◐", "bold red"),
+    "plan_review": ("◐", "yellow"),
+    "planning": ("◐", "cyan"),
+    "assigned": ("◐", "cyan"),
+    "ready": ("◐", "yellow"),
+    "pending": ("○", "yellow"),
+    "not assigned": ("○", "yellow"),
+    "blocked": ("○", "dim"),
+    "done": ("✓", "green"),
+    "failed": ("✕", "red"),
+    "cancelled": ("✕", "dim"),
+    "online": ("●", "green"),
+    "offline": ("○", "dim"),
+    "draining": ("◐", "yellow"),
+    "revoked": ("✕", "red"),
+    "active": ("●", "green"),
+    "starting": ("◐", "cyan"),
+    "recovering": ("◐", "cyan"),
+    "disconnected": ("◐", "yellow"),
+    "lost": ("✕", "red"),
+    "closed": ("○", "dim"),
+    "expected": ("○", "yellow"),
+    "fulfilled": ("✓", "green"),
+}
+
+
+# --- problems: each is a sentence and an exit code --------------------------------------------
+
+
+class Problem(Exception):
+    """Problem (1, refused) > Unreachable (3), TimedOut (4). Usage errors are click's (2)."""
+
+    exit_code = EXIT_REFUSED
+
+    def __init__(self, sentence, code="refused", fields=None):
+        super().__init__(sentence)
+        self.code, self.fields = code, fields or {}
+
+
+class Unreachable(Problem):
+    exit_code = EXIT_UNREACHABLE
+
+
+class TimedOut(Problem):
+    exit_code = EXIT_TIMEOUT
+
+
+def usage(sentence):
+    return click.UsageError(sentence, ctx=click.get_current_context(silent=True))
+
+
+# --- text: what strangers wrote, times, sizes -------------------------------------------------
+
+ESCAPES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]{0,4096}(?:\x07|\x1b\\|\x9c)"
+    r"|\x1b[ -/]*[0-~]"
+)
+# Control characters, and the marks that reorder or hide what stands beside them.
+UNPRINTABLE = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def clean(text):
+    """`text` (any value) without what could steer a terminal; lines stay."""
+    text = str(text).replace("\r\n", "\n").replace("\t", "    ")
+    return UNPRINTABLE.sub("", ESCAPES.sub("", text))
+
+
+def one_line(text):
+    return " ".join(clean(text).split())
+
+
+def compact(value, limit=None):
+    """A JSON value in one line for people: words as they are, the rest as JSON."""
+    if isinstance(value, dict) and limit:
+        text = ", ".join(f"{key}: {compact(part)}" for key, part in value.items())
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = one_line(text)
+    return text if not limit or len(text) <= limit else text[: limit - 1] + "…"
+
+
+def moment(iso):
+    """The datetime of an ISO 8601 string, or None."""
+    try:
+        at = datetime.fromisoformat(iso)
+    except (TypeError, ValueError):
+        return None
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
+
+
+def seconds_between(start, end=None):
+    """Seconds from ISO `start` to ISO `end` (default: now), or None."""
+    start, end = moment(start), moment(end) if end else datetime.now(UTC)
+    return max(0.0, (end - start).total_seconds()) if start and end else None
+
+
+def lasting(seconds, units=2):
+    """A length of time in its largest `units` units: `2 h 5 min`."""
+    if seconds is None:
+        return ""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, s = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    amounts = ((days, "d"), (hours, "h"), (minutes, "min"), (s, "s"))
+    return " ".join([f"{amount} {unit}" for amount, unit in amounts if amount][:units])
+
+
+def ago(iso):
+    passed = seconds_between(iso)
+    if passed is None:
+        return ""
+    return "just now" if passed < 2 else f"{lasting(int(passed) or 1, 1).replace('.0', '')} ago"
+
+
+def clock(iso, form="%Y-%m-%d %H:%M:%S"):
+    at = moment(iso)
+    return at.astimezone().strftime(form) if at else ""
+
+
+def plural(count, word):
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+# --- what the user typed ----------------------------------------------------------------------
+
+DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|min|m|s|h|d|)", re.I)
+UNIT_S = {"ms": 0.001, "s": 1, "": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class Duration(click.ParamType):
+    """`90`, `30s`, `10m`, `1h30m`, `2d`, in seconds."""
+
+    name = "duration"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, (int, float)):
+            return value
+        text = value.strip()
+        parts = DURATION.findall(text)
+        if not parts or DURATION.sub("", text).strip():
+            self.fail(f"{value!r} is not a length of time; write 90, 30s, 10m, 1h30m or 2d.")
+        total = sum(float(amount) * UNIT_S[unit.lower()] for amount, unit in parts)
+        return int(total) if total == int(total) else total
+
+
+DURATION_TYPE = Duration()
+
+
+def task_ref(text):
+    """An id or unique prefix as the hub takes it: no `#`, lower case, dashes where they belong."""
+    ref = text.strip().lstrip("#").strip()
+    if re.fullmatch(r"[0-9a-fA-F-]+", ref):
+        ref = ref.lower()
+    if re.fullmatch(r"[0-9a-f]{32}", ref):
+        ref = "-".join((ref[:8], ref[8:12], ref[12:16], ref[16:20], ref[20:]))
+    if not re.fullmatch(r"[0-9A-Za-z_-]+", ref):
+        raise usage(f"{text!r} is not a task id; give the id or its first 4 characters or more.")
+    if len(ref) < 4:
+        raise usage(f"The task id {text!r} is too short; give at least its first 4 characters.")
+    return ref
+
+
+def parse_dependency(text):
+    """`ID`, `ID:related` or `ID:input:KEY` as (id, type, key or None)."""
+    ref, _, rest = text.partition(":")
+    kind, _, key = rest.partition(":")
+    kind = kind or "blocks"
+    check_dependency(kind, key)
+    return task_ref(ref), kind, key or None
+
+
+def check_dependency(kind, key):
+    if kind not in DEPENDENCY_TYPES:
+        raise usage(f"{kind!r} is no dependency type; use ID, ID:input:KEY or ID:related.")
+    if kind == "input" and not key:
+        raise usage("An input dependency needs the key of the contract it takes: ID:input:KEY.")
+    if kind != "input" and key:
+        raise usage(f"A {kind} dependency takes no contract key; only input does.")
+
+
+def no_constant(name):
+    raise usage(f"{name} is not valid JSON; send null, a number or a string instead.")
+
+
+def parse_json(text):
+    """The JSON value of `text`. Raises ValueError; NaN and infinities are refused as usage."""
+    try:
+        return json.loads(text, parse_constant=no_constant)
+    except RecursionError:
+        raise usage("The JSON value is nested too deeply.") from None
+
+
+def json_value(text, what):
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        raise usage(
+            f"{what} is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}."
+        ) from None
+
+
+def json_or_text(text):
+    try:
+        return parse_json(text)
+    except ValueError:
+        return text
+
+
+def read_text(path):
+    """The text of a file, or of standard input for `-`."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise usage(f"Cannot read {path}: {error.strerror or error}.") from None
+    except UnicodeDecodeError as error:
+        raise usage(f"{path} is not UTF-8 text (byte {error.start}).") from None
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML that keeps dates as text and refuses a key given twice."""
+
+    yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def parse_document(text, name):
+    """The value of a YAML or JSON text; its errors name line and column."""
+    if text.lstrip()[:1] in ("{", "["):
+        with suppress(ValueError):  # else read as YAML, whose flow style looks alike
+            return parse_json(text)
+        if name.endswith(".json"):
+            return json_value(text, name)
+    try:
+        return yaml.load(text, Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise usage(f"{name} is not valid YAML{where}: {error.problem or error.context}.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise usage(f"{name} is not valid YAML: {one_line(error)}.") from None
+
+
+def object_of(value, what):
+    if not isinstance(value, dict):
+        raise usage(f"{what} must be an object (key: value), not {type(value).__name__}.")
+    return value
+
+
+def file_or_json(text, what):
+    """An object given as JSON on the command line, or as the name of a YAML or JSON file."""
+    if text.lstrip().startswith("{"):
+        return object_of(json_value(text, what), what)
+    return object_of(parse_document(read_text(text), text), text)
+
+
+def not_empty(text, option):
+    if text is not None and not text.strip():
+        raise usage(f"{option} must not be empty.")
+    return text
+
+
+def given(**values):
+    """Those of `values` that were given."""
+    return {key: value for key, value in values.items() if value not in (None, (), [], {})}
+
+
+# --- credentials ------------------------------------------------------------------------------
+
+
+def config_path():
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home) / "orchestratia" / "cli.yaml"
+
+
+def load_config():
+    path = config_path()
+    try:
+        config = yaml.safe_load(path.read_text("utf-8")) or {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise usage(f"Cannot read {path}: {one_line(error)}. Mend it or delete it.") from None
+    return object_of(config, str(path))
+
+
+def save_config(config):
+    """Replaces cli.yaml at once or not at all, readable by its owner only."""
+    path = config_path()
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".cli-")  # mode 0600
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                yaml.safe_dump(config, file, sort_keys=False)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
+        except BaseException:
+            os.unlink(scratch)
+            raise
+    except OSError as error:
+        raise Problem(f"Cannot write {path}: {error.strerror}.", "local") from None
+    return path
+
+
+def is_loopback(host):
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def hub_url(text):
+    """A hub's URL in one form: scheme, host and path, no slash at the end."""
+    text = text.strip()
+    if "://" not in text:
+        local = is_loopback(text.partition("/")[0].rpartition(":")[0] or text)
+        text = f"{'http' if local else 'https'}://{text}"
+    with suppress(ValueError):
+        parts = urlsplit(text)
+        _ = parts.port
+        if parts.scheme in ("http", "https") and parts.hostname:
+            return text.rstrip("/")
+    raise usage(f"{text!r} is not the URL of a hub; write it like http://127.0.0.1:8080.")
+
+
+class Credentials:
+    """Hub, key and project: flags before environment before cli.yaml, each on its own."""
+
+    def __init__(self, flags, environment, config):
+        env = environment.get
+        saved = config.get("hub_url")
+        self.config = config
+        url = flags.get("hub") or env("ORCHESTRATIA_HUB_URL") or saved
+        self.url = hub_url(str(url)) if url else None
+        self.key = flags.get("token") or env("ORCHESTRATIA_TOKEN") or env("ORCHESTRATIA_API_KEY")
+        # The saved token is for the saved hub: another one must not get to see it.
+        if not self.key and saved and self.url == hub_url(str(saved)):
+            self.key = config.get("token")
+        project = flags.get("project") or env("ORCHESTRATIA_PROJECT_ID") or config.get("project")
+        self.project = str(project) if project else None
+
+
+class KeyAuth(requests.auth.AuthBase):
+    """Sets the credential itself: requests would otherwise prefer what a .netrc says."""
+
+    def __init__(self, key):
+        self.key = key
+
+    def __call__(self, request):
+        if self.key and self.key.startswith(("orc_", "orcs_")):
+            request.headers["X-API-Key"] = self.key
+        elif self.key:
+            request.headers["Authorization"] = f"Bearer {self.key}"
+        return request
+
+
+# --- the hub ----------------------------------------------------------------------------------
+
+
+def reason_of(error):
+    """Why a connection failed, in a few words."""
+    text = str(error)
+    if isinstance(error, requests.exceptions.SSLError):
+        return f"its certificate was not accepted ({one_line(text)[-120:]})"
+    if isinstance(error, requests.exceptions.ConnectTimeout):
+        return f"no connection within {CONNECT_TIMEOUT_S} s"
+    if isinstance(error, requests.exceptions.Timeout):
+        return f"no answer within {ANSWER_TIMEOUT_S} s"
+    found = re.search(r"\[Errno -?\d+\] ([^'\")]+)", text)
+    if found:
+        return found[1].strip().lower()
+    return "the connection was closed without an answer"
+
+
+def never_sent(error):
+    return isinstance(error, requests.exceptions.ConnectTimeout) or (
+        "NewConnectionError" in str(error) or "NameResolutionError" in str(error)
+    )
+
+
+class Hub:
+    """HTTP to one hub: the answers as JSON, every failure a Problem with a sentence."""
+
+    def __init__(self, url, key=None):
+        self.url = url
+        self.http = requests.Session()
+        self.http.auth = KeyAuth(key)
+        self.http.headers["User-Agent"] = f"orchestratia/{VERSION}"
+        self.http.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        # A proxy set for the outside world would cut off a hub on this machine.
+        self.http.trust_env = not is_loopback(urlsplit(url).hostname)
+        insecure = os.environ.get("ORCHESTRATIA_INSECURE_TLS", "").lower()
+        self.http.verify = insecure not in ("1", "true", "yes", "on")
+        if not self.http.verify:
+            requests.packages.urllib3.disable_warnings()
+
+    def get(self, path, **query):
+        return self._json(self._send("GET", path, query=query))
+
+    def post(self, path, body=None):
+        return self._json(self._send("POST", path, body))
+
+    def put(self, path, body):
+        return self._json(self._send("PUT", path, body))
+
+    def patch(self, path, body):
+        return self._json(self._send("PATCH", path, body))
+
+    def delete(self, path, **query):
+        return self._json(self._send("DELETE", path, query=query))
+
+    def output(self, path, offset):
+        """The bytes of a log from `offset` and the offset after them."""
+        answer = self._send("GET", path, query={"offset": offset})
+        following = answer.headers.get("X-Next-Offset", "")
+        return answer.content, int(following) if following.isdigit() else offset + len(
+            answer.content
+        )
+
+    def stream(self, path, last_id=None):
+        headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
+        if last_id is not None:
+            headers["Last-Event-ID"] = str(last_id)
+        timeout = (CONNECT_TIMEOUT_S, BEAT_TIMEOUT_S)
+        return self._send("GET", path, headers=headers, stream=True, timeout=timeout)
+
+    def _send(self, method, path, body=None, query=None, headers=None, **options):
+        try:
+            data = None if body is None else json.dumps(body, allow_nan=False).encode()
+        except ValueError:
+            raise usage("Numbers beyond JSON (NaN, Infinity) cannot be sent.") from None
+        if data is not None:
+            headers = {**(headers or {}), "Content-Type": "application/json"}
+        options.setdefault("timeout", (CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S))
+        answer = self._try(
+            method,
+            f"{self.url}/api/v1/{path}",
+            data=data,
+            params={key: value for key, value in (query or {}).items() if value is not None},
+            headers=headers,
+            allow_redirects=False,
+            **options,
+        )
+        return self._checked(answer)
+
+    def _try(self, method, url, **options):
+        """One request; a GET is tried again when the connection fails, nothing else ever is."""
+        for attempt in range(1, GET_ATTEMPTS + 1):
+            try:
+                return self.http.request(method, url, **options)
+            except (
+                requests.exceptions.ConnectionError,
+                requests.exceptions.ChunkedEncodingError,
+            ) as error:
+                if method == "GET" and attempt < GET_ATTEMPTS:
+                    time.sleep(RETRY_PAUSE_S * attempt)
+                    continue
+                raise self._unreachable(error, method) from None
+            except (requests.exceptions.RequestException, ValueError) as error:
+                raise self._unreachable(error, method) from None
+
+    def _unreachable(self, error, method):
+        unsure = (
+            ""
+            if method == "GET" or never_sent(error)
+            else (
+                " Whether the hub still received the request is unknown; look before repeating it."
+            )
+        )
+        return Unreachable(
+            f"cannot reach the hub at {self.url}: {reason_of(error)}. Is it running?{unsure}",
+            "unreachable",
+            {"hub_url": self.url},
+        )
+
+    def _checked(self, answer):
+        if 200 <= answer.status_code < 300:
+            return answer
+        if 300 <= answer.status_code < 400:
+            target = one_line(answer.headers.get("Location", "an unknown place"))
+            raise Problem(
+                f"The hub at {self.url} answered with a redirect to {target}, which is not "
+                "followed so that your key goes nowhere else. Check --hub.",
+                "redirect",
+                {"location": target},
+            )
+        raise self._refusal(answer)
+
+    def _refusal(self, answer):
+        try:
+            error = answer.json()
+        except (ValueError, requests.exceptions.RequestException):
+            error = None
+        if isinstance(error, dict) and error.get("detail"):
+            detail, fields = error["detail"], error.get("fields")
+            sentence = detail if isinstance(detail, str) else compact(detail)
+            code = error.get("code") or f"http_{answer.status_code}"
+            return Problem(sentence, code, fields if isinstance(fields, dict) else {})
+        kind = Unreachable if answer.status_code in (502, 503, 504) else Problem
+        said = one_line(answer.text)[:200]
+        return kind(
+            f"{self.url} answered HTTP {answer.status_code} {answer.reason or ''} in a form that "
+            f"is not a hub's. Check --hub.{' It said: ' + said if said else ''}",
+            f"http_{answer.status_code}",
+        )
+
+    def _json(self, answer):
+        if not answer.content.strip():
+            return {}
+        try:
+            return answer.json()
+        except (ValueError, RecursionError):
+            kind = one_line(answer.headers.get("Content-Type", "unknown"))
+            raise Problem(
+                f"{self.url} did not answer like a hub ({kind} instead of JSON). Check --hub.",
+                "not_a_hub",
+            ) from None
+
+
+class Stream:
+    """The hub's events as they happen, read in a thread that reconnects after the last id seen.
+
+    `get` returns an event, or SYNC when the state should be read anew: after each (re)connection,
+    and at each beat of the hub.
+    """
+
+    SYNC = object()
+    LOST = object()
+
+    def __init__(self, hub, after=None):
+        self.hub, self.last_id = hub, after
+        self.items = queue.Queue()
+        self.answer = hub.stream("events/stream", after)  # refusals are raised here, at once
+        self.items.put(self.SYNC)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def get(self, timeout=None):
+        """The next item, or None after `timeout` seconds."""
+        try:
+            item = self.items.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def pending(self):
+        return not self.items.empty()
+
+    def _run(self):
+        try:
+            while True:
+                self._read()
+                self.items.put(self.LOST)
+                self._reconnect()
+                self.items.put(self.SYNC)
+        except Exception as error:  # handed to the reader of the queue
+            self.items.put(error)
+
+    def _read(self):
+        rest = b""
+        with suppress(TransportError, OSError), self.answer:
+            while block := self.answer.raw.read1(65536, decode_content=True):
+                *frames, rest = (rest + block).replace(b"\r\n", b"\n").split(b"\n\n")
+                for frame in frames:
+                    self._take(frame.decode("utf-8", "replace"))
+
+    def _take(self, frame):
+        fields = {"id": [], "data": []}
+        for line in frame.split("\n"):
+            name, _, value = line.partition(":")
+            fields.setdefault(name, []).append(value.removeprefix(" "))
+        self.last_id = fields["id"][-1] if fields["id"] else self.last_id
+        try:
+            event = json.loads("\n".join(fields["data"]))
+        except ValueError:
+            event = None
+        self.items.put(event if isinstance(event, dict) else self.SYNC)
+
+    def _reconnect(self):
+        until, pause = time.monotonic() + GIVE_UP_S, RECONNECT_S
+        while True:
+            time.sleep(pause)
+            try:
+                self.answer = self.hub.stream("events/stream", self.last_id)
+                return
+            except Unreachable:
+                if time.monotonic() > until:
+                    raise
+                pause = min(pause * 1.5, 5)
+
+
+# --- the screen -------------------------------------------------------------------------------
+
+
+class Id(str):
+    """An id in a cell: in full in a pipe, its first 8 characters on a terminal."""
+
+
+class Mark(str):
+    """A status in a cell: with its shape and colour on a terminal."""
+
+
+class Screen:
+    """Prints rich renderables: in colour to a terminal, as plain aligned text to anything else."""
+
+    def __init__(self):
+        dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        self.fancy = sys.stdout.isatty() and not dumb
+        self.console = self._console(sys.stdout) if self.fancy else None
+
+    def _console(self, file):
+        plain = {} if self.fancy else {"width": WIDE, "color_system": None, "no_color": True}
+        return Console(
+            file=file,
+            force_terminal=self.fancy,
+            markup=False,
+            emoji=False,
+            highlight=False,
+            **plain,
+        )
+
+    def print(self, *renderables):
+        if self.fancy:
+            return self.console.print(*renderables, sep="\n")
+        page = io.StringIO()
+        self._console(page).print(*renderables, sep="\n")
+        lines = "\n".join(line.rstrip() for line in page.getvalue().split("\n"))
+        click.echo(lines.rstrip("\n") + "\n" if lines.strip() else "", nl=False)
+
+    def line(self, text):
+        """A line that is never wrapped, so that it can be copied."""
+        click.echo(one_line(text))
+
+    def short(self, ident):
+        text = one_line(ident or "")
+        return text[:8] if self.fancy else text
+
+    def cell(self, value):
+        if isinstance(value, Text):
+            return value
+        if isinstance(value, Mark):
+            shape, style = MARKS.get(value, ("·", ""))
+            return Text(f"{shape} {clean(value)}" if self.fancy else clean(value), style)
+        if isinstance(value, Id):
+            return Text(self.short(value), "dim")
+        return Text("" if value is None else clean(value))
+
+    def table(self, rows, columns, empty):
+        """A table of `rows`; `columns` as `Column()` makes them."""
+        if not rows:
+            return Text(empty, "dim")
+        cells = {one: [self.cell(one.show(row)) for row in rows] for one in columns}
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold dim")
+        kept = self._fitting(cells) if self.fancy else cells
+        for one in kept:
+            for cell in cells[one] if one.cut else ():
+                cell.no_wrap, cell.overflow = True, "ellipsis"
+            heading = Text(one.heading.upper(), no_wrap=one.cut, overflow="ellipsis")
+            fixed = not (one.cut or one.flex)
+            table.add_column(heading, no_wrap=fixed, overflow="fold", justify=one.justify)
+        for row in zip(*(cells[one] for one in kept), strict=True):
+            table.add_row(*row)
+        return table
+
+    def _fitting(self, cells):
+        """The columns with something in them, less the spare ones there is no room for."""
+        kept = [one for one in cells if any(cell.plain for cell in cells[one])]
+        for spare in sorted((one for one in kept if one.spare), key=lambda one: one.spare):
+            if sum(self._least(one, cells[one]) for one in kept) <= self.console.width:
+                break
+            kept.remove(spare)
+        return kept
+
+    @staticmethod
+    def _least(one, cells):
+        """The width a column needs to be of use, with the space beside it."""
+        natural = max(cell.cell_len for cell in [Text(one.heading), *cells])
+        return 2 + (min(natural, 24) if one.cut or one.flex else natural)
+
+    def facts(self, pairs):
+        """Labels and values; a value that is None or empty is left out."""
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim")
+        grid.add_column(overflow="fold")
+        for label, value in pairs:
+            if value not in (None, "", [], {}):
+                grid.add_row(Text(label), self.cell(value))
+        return grid
+
+    def section(self, heading, body):
+        return Stack(Text(""), Text(heading, "bold"), body)
+
+
+class Column(NamedTuple):
+    """`cut` ends with … where room is short, `flex` wraps; the lowest `spare` goes first."""
+
+    heading: str
+    show: Callable
+    cut: bool = False
+    flex: bool = False
+    spare: int = 0
+    justify: str = "left"
+
+
+def field(key, kind=None):
+    """A cell function: the row's `key`, as a `kind` of cell."""
+
+    def show(row):
+        value = row.get(key)
+        return value if value is None or kind is None else kind(value)
+
+    return show
+
+
+def words(key):
+    """A cell function: the list (or the keys of the object) at `key`, with commas."""
+    return lambda row: ", ".join(one_line(item) for item in row.get(key) or ())
+
+
+def line_of(key):
+    return lambda row: one_line(row.get(key) or "")
+
+
+def age_of(key):
+    return lambda row: ago(row.get(key))
+
+
+# --- what things look like --------------------------------------------------------------------
+
+
+def shown_status(task):
+    """The state for people: a pending task is blocked, ready or not assigned."""
+    status = task.get("status") or "?"
+    blocked = status == "pending" and task.get("blocked")
+    return task.get("shown_status") or ("blocked" if blocked else status)
+
+
+def why(task):
+    """Why a task is where it is, without the state that is shown beside it."""
+    return one_line(task.get("reason") or "").removeprefix(f"{shown_status(task)}: ")
+
+
+def blocking(task):
+    return [
+        dependency
+        for dependency in task.get("dependencies") or ()
+        if dependency.get("dependency_type", "blocks") != "related"
+    ]
+
+
+def placed(task):
+    """Where a task is: its server, else its session."""
+    return one_line(task.get("assigned_server_name") or task.get("target_session_name") or "")
+
+
+def spent(task):
+    """How long a task has been running, or ran."""
+    if not task.get("started_at"):
+        return ""
+    ended = task.get("completed_at")
+    if not ended and task.get("status") in ENDED:
+        ended = task.get("updated_at")
+    took = seconds_between(task["started_at"], ended)
+    return lasting(took) if ended or (took or 0) >= 1 else ""
+
+
+def summary_of(result):
+    """A result in a few words: its summary or error, else its JSON."""
+    if isinstance(result, dict):
+        said = result.get("summary") or result.get("error")
+        if isinstance(said, str):
+            return clean(said)
+    return compact(result)
+
+
+TASK_COLUMNS = (
+    Column("status", lambda task: Mark(shown_status(task))),
+    Column("id", field("id", Id)),
+    Column("title", line_of("title"), cut=True),
+    Column("priority", line_of("priority"), spare=3),
+    Column("repo", line_of("target_repo"), cut=True, spare=2),
+    Column("where", placed, cut=True),
+    Column("time", spent, spare=5),
+    Column("created", age_of("created_at"), spare=1),
+    Column("why", why, cut=True, spare=4),
+)
+SERVER_COLUMNS = (
+    Column("status", field("status", Mark)),
+    Column("name", line_of("name"), cut=True),
+    Column("id", field("id", Id)),
+    Column("slots", lambda row: f"{row.get('busy') or 0}/{row.get('slots') or '?'}"),
+    Column("repos", words("repos"), flex=True),
+    Column("languages", words("languages"), flex=True, spare=2),
+    Column("os", line_of("os"), cut=True, spare=1),
+    Column("heard", age_of("last_heartbeat"), spare=3),
+)
+SESSION_COLUMNS = (
+    Column("status", field("status", Mark)),
+    Column("name", line_of("name"), cut=True),
+    Column("id", field("id", Id)),
+    Column("server", line_of("server_name"), cut=True),
+    Column("role", line_of("role"), spare=2),
+    Column("activity", line_of("activity"), cut=True, spare=4),
+    Column("task", line_of("task_title"), cut=True, spare=3),
+    Column("created", age_of("created_at"), spare=1),
+)
+PROJECT_COLUMNS = (
+    Column("name", line_of("name"), cut=True),
+    Column("id", field("id", Id)),
+    Column("role", line_of("role")),
+    Column("profile", line_of("profile"), cut=True),
+    Column("created", age_of("created_at"), spare=1),
+)
+PIPELINE_COLUMNS = (
+    Column("name", line_of("name"), cut=True),
+    Column("id", field("id", Id)),
+    Column("tasks", field("total"), justify="right"),
+    Column("states", lambda row: counted(row.get("counts") or {}), flex=True),
+    Column("created", age_of("created_at"), spare=2),
+    Column("by", line_of("created_by"), cut=True, spare=1),
+)
+EVENT_COLUMNS = (
+    Column("time", lambda row: clock(row.get("at"))),
+    Column("event", line_of("type")),
+    Column("actor", line_of("actor"), cut=True, spare=2),
+    Column("task", field("task_id", Id), spare=1),
+    Column("details", lambda row: details_of(row, 300), flex=True),
+)
+CANDIDATE_COLUMNS = (
+    Column("", lambda row: Text("✓", "green") if row.get("fits") else Text("✕", "red")),
+    Column("server", line_of("server"), cut=True),
+    Column("score", field("score"), justify="right"),
+    Column("why", lambda row: "; ".join(map(one_line, row.get("reasons") or ())), flex=True),
+)
+CONTRACT_COLUMNS = (
+    Column("status", field("status", Mark)),
+    Column("key", line_of("key"), cut=True),
+    Column("description", line_of("description"), flex=True, spare=3),
+    Column("data", lambda row: known(row.get("data")), flex=True),
+    Column("by", line_of("by"), cut=True, spare=2),
+    Column("updated", age_of("updated_at"), spare=1),
+)
+BLOCKER_COLUMNS = (
+    Column("status", field("status", Mark)),
+    Column("id", field("task_id", Id)),
+    Column("title", line_of("title"), cut=True),
+    Column("type", lambda row: edge_name(row), cut=True),
+)
+REPO_COLUMNS = tuple(
+    Column(key, line_of(key), flex=key == "path") for key in ("name", "path", "branch")
+)
+
+
+def known(value):
+    return "" if value is None else compact(value, 200)
+
+
+def counted(counts):
+    return ", ".join(f"{number} {status}" for status, number in counts.items() if number)
+
+
+def details_of(event, limit):
+    """An event's details in a line; `task explain` shows the candidates better."""
+    details = event.get("details") or {}
+    told = {key: value for key, value in details.items() if key != "candidates"}
+    return compact(told, limit) if told else ""
+
+
+def edge_name(dependency):
+    kind = dependency.get("dependency_type") or "blocks"
+    key = dependency.get("contract_key")
+    return one_line(f"{kind} {key}" if key else kind)
+
+
+def listing(key, columns, empty):
+    """A renderer of a wrapped list: a table of `data[key]`."""
+
+    def render(screen, data):
+        table = screen.table(data.get(key) or [], columns, empty)
+        if not data.get("next_cursor"):
+            return table
+        option = "--after" if key == "events" else "--cursor"
+        return Stack(table, Text(f"more: {option} {one_line(data['next_cursor'])}", "dim"))
+
+    return render
+
+
+show_tasks = listing("tasks", TASK_COLUMNS, "No tasks.")
+show_servers = listing("servers", SERVER_COLUMNS, "No servers. Add one: orchestratia server token")
+show_sessions = listing("sessions", SESSION_COLUMNS, "No live sessions (--all shows the old ones).")
+show_projects = listing("projects", PROJECT_COLUMNS, "No projects.")
+show_pipelines = listing("pipelines", PIPELINE_COLUMNS, "No pipelines.")
+show_events = listing("events", EVENT_COLUMNS, "No events.")
+show_contracts = listing("contracts", CONTRACT_COLUMNS, "This task has no contracts.")
+
+
+def task_line(screen, task, label=None):
+    """A task in one line: shape, label, id, title, state, place, time."""
+    status = shown_status(task)
+    shape, style = MARKS.get(status, ("·", ""))
+    name = Text(f"{one_line(label)} " if label else "", "bold")
+    line = Text.assemble((f"{shape} ", style), name, (screen.short(task.get("id")), "dim"), "  ")
+    line.append(one_line(task.get("title") or ""), "bold" if status in ACTIVE else "")
+    details = (status, placed(task), spent(task))
+    line.append("  " + ", ".join(filter(None, details)), style)
+    return line
+
+
+def task_brief(screen, task):
+    repo = " @ ".join(filter(None, (task.get("target_repo"), task.get("target_branch"))))
+    facts = (
+        ("id", one_line(task.get("id"))),
+        ("status", Mark(shown_status(task))),
+        ("why", why(task)),
+        ("priority", f"{task.get('priority') or 'normal'}, {task.get('type') or 'feature'}"),
+        ("repo", one_line(repo)),
+        ("server", one_line(task.get("assigned_server_name") or "")),
+        ("session", one_line(task.get("target_session_name") or "")),
+    )
+    return Stack(Text(one_line(task.get("title") or ""), "bold"), screen.facts(facts))
+
+
+def task_times(task):
+    def at(key):
+        return f"{clock(task[key])} ({ago(task[key])})" if task.get(key) else ""
+
+    attempt, most = task.get("attempt") or 1, task.get("max_attempts") or 1
+    return (
+        (
+            "created",
+            " by ".join(filter(None, (at("created_at"), one_line(task.get("created_by") or "")))),
+        ),
+        ("ordered by", one_line(task.get("source_session_name") or "")),
+        ("started", at("started_at")),
+        ("ended", at("completed_at")),
+        ("took", spent(task)),
+        ("attempt", f"{attempt} of {most}" if most > 1 or attempt > 1 else ""),
+        ("profile", one_line(task.get("profile") or "")),
+        ("command", compact(task.get("command") or "")),
+        ("pipeline", one_line(task.get("pipeline_id") or "")),
+    )
+
+
+def numbered(items):
+    return Text("\n".join(f"{number}. {clean(item)}" for number, item in enumerate(items, 1)))
+
+
+def requirement_lines(structured):
+    wanted = structured.get("requirements") if isinstance(structured, dict) else None
+    return [
+        f"[{one_line(item.get('priority') or '-')}] {clean(item.get('description') or '')}"
+        for item in wanted or ()
+        if isinstance(item, dict)
+    ]
+
+
+def named_values(screen, values):
+    pairs = values.items() if isinstance(values, dict) else ()
+    return screen.facts((one_line(key), compact(value, 400)) for key, value in pairs)
+
+
+def dependency_table(screen, task):
+    rows = [
+        {
+            "task_id": one["depends_on_task_id"],
+            "title": one.get("depends_on_title"),
+            "status": one.get("depends_on_status")
+            or ("done" if one.get("resolved") else "pending"),
+            **{key: one.get(key) for key in ("dependency_type", "contract_key")},
+        }
+        for one in task.get("dependencies") or ()
+    ]
+    return screen.table(rows, BLOCKER_COLUMNS, "none")
+
+
+def task_detail(screen, task):
+    structured, result = task.get("structured_spec"), task.get("result")
+    spec, inputs = task.get("spec") or "", task.get("resolved_inputs")
+    contracts = [
+        {"key": key, **(one if isinstance(one, dict) else {"data": one})}
+        for key, one in (task.get("contracts") or {}).items()
+    ]
+    notes = [
+        f"{clock(one.get('created_at'))} {one_line(one.get('author'))}: {clean(one.get('content'))}"
+        for one in task.get("recent_notes") or ()
+    ]
+    sections = (
+        ("Spec", spec and spec != task.get("title") and Text(clean(spec))),
+        ("Acceptance criteria", numbered(task.get("acceptance_criteria") or ())),
+        ("Requirements", numbered(requirement_lines(structured))),
+        ("Needs", task.get("dependencies") and dependency_table(screen, task)),
+        ("Resolved inputs", inputs and named_values(screen, inputs)),
+        ("Contracts", contracts and screen.table(contracts, CONTRACT_COLUMNS, "")),
+        ("Plan", task.get("plan") is not None and Text(summary_of(task["plan"]))),
+        ("Plan feedback", task.get("plan_feedback") and Text(clean(task["plan_feedback"]))),
+        ("Notes", notes and Text("\n".join(notes))),
+        ("Result", result is not None and result_text(task, result)),
+    )
+    return Stack(
+        task_brief(screen, task),
+        screen.facts(task_times(task)),
+        *(screen.section(heading, body) for heading, body in sections if body),
+    )
+
+
+def result_text(task, result):
+    return Text(summary_of(result), "red" if task.get("status") == "failed" else "")
+
+
+def check_view(screen, data):
+    if not data.get("tasks"):
+        return Text("Nothing is assigned to you.", "dim")
+    return Stack(*(task_detail(screen, task) for task in data["tasks"]))
+
+
+def explain_view(screen, data):
+    blockers, candidates = data.get("blocked_by") or [], data.get("candidates") or []
+    parts = [Text(clean(data.get("summary") or ""), "bold")]
+    if blockers:
+        body = screen.table(blockers, BLOCKER_COLUMNS, "")
+        parts.append(screen.section("Waits for", body))
+    if candidates:
+        heading = f"Servers, judged {ago(data.get('at'))}" if data.get("at") else "Servers"
+        parts.append(screen.section(heading, screen.table(candidates, CANDIDATE_COLUMNS, "")))
+    return Stack(*parts)
+
+
+def server_detail(screen, server):
+    repos = server.get("repos")
+    repos = repos if isinstance(repos, dict) else dict.fromkeys(repos or (), "")
+    facts = (
+        ("id", one_line(server.get("id"))),
+        ("status", Mark(server.get("status") or "?")),
+        ("heard", age_of("last_heartbeat")(server)),
+        ("host", one_line(f"{server.get('hostname') or '?'}, {server.get('os') or '?'}")),
+        ("slots", f"{server.get('busy') or 0} of {server.get('slots') or '?'} taken"),
+        ("sessions", server.get("sessions")),
+        ("languages", words("languages")(server)),
+        ("frameworks", words("frameworks")(server)),
+        ("capabilities", words("capabilities")(server)),
+        ("profiles", words("profiles")(server)),
+        ("work", "started by hand" if server.get("manual") else ""),
+        ("agent", one_line(server.get("agent_version") or "")),
+    )
+    rows = [
+        {"name": name, **(one if isinstance(one, dict) else {"path": one})}
+        for name, one in repos.items()
+    ]
+    return Stack(
+        Text(one_line(server.get("name") or ""), "bold"),
+        screen.facts(facts),
+        screen.section("Repos", screen.table(rows, REPO_COLUMNS, "none")),
+    )
+
+
+def session_detail(screen, session):
+    activity = filter(None, (session.get("activity"), session.get("reason")))
+    log = session.get("log_end")
+    facts = (
+        ("id", one_line(session.get("id"))),
+        ("status", Mark(session.get("status") or "?")),
+        ("activity", one_line(": ".join(activity))),
+        ("error", one_line(session.get("error") or "")),
+        ("server", one_line(session.get("server_name") or "")),
+        ("role", one_line(session.get("role") or "")),
+        ("profile", one_line(session.get("profile") or "")),
+        ("task", one_line(session.get("task_title") or "")),
+        ("task id", one_line(session.get("task_id") or "")),
+        ("attempt", session.get("attempt")),
+        ("directory", one_line(session.get("working_directory") or "")),
+        ("process", session.get("pid")),
+        ("exit code", session.get("exit_code")),
+        ("created", age_of("created_at")(session)),
+        ("closed", age_of("closed_at")(session)),
+        ("log", f"{log:,} bytes" if isinstance(log, int) else ""),
+    )
+    return Stack(Text(one_line(session.get("name") or "unnamed"), "bold"), screen.facts(facts))
+
+
+def identity_view(screen, me):
+    hub, projects = me.get("hub") or {}, me.get("projects") or []
+    facts = (
+        ("name", one_line(me.get("name") or "")),
+        ("kind", "administrator" if me.get("is_admin") else one_line(me.get("kind") or "")),
+        ("role", one_line(me.get("role") or "")),
+        ("hub", one_line(f"{me.get('hub_url') or ''} {hub.get('version') or ''}")),
+        (
+            "projects",
+            ", ".join(f"{one_line(p.get('name'))} ({p.get('role') or '-'})" for p in projects),
+        ),
+        ("session id", one_line(me.get("session_id") or "")),
+        ("task id", one_line(me.get("task_id") or "")),
+    )
+    return screen.facts(facts)
+
+
+def status_view(screen, data):
+    tasks = data.get("tasks") or []
+    head = Text("● connected", "green") if screen.fancy else Text("connected")
+    table = screen.table(tasks, TASK_COLUMNS, "No work in progress.")
+    return Stack(head, identity_view(screen, data), screen.section("In progress", table))
+
+
+def task_tree(screen, tasks, labels, chosen=None):
+    """The graph drawn downstream; a task reached twice is drawn once and referred to."""
+    nodes, below = graph(tasks)
+    above = {child for children in below.values() for child in children}
+    roots = [ident for ident in nodes if ident not in above] or list(nodes)
+    top, drawn = Tree("", hide_root=True, guide_style="dim"), set()
+    todo = [(top, ident, "") for ident in reversed(roots)]
+    while todo:
+        branch, ident, edge = todo.pop()
+        line = task_line(screen, nodes[ident], labels.get(ident))
+        if ident in drawn:
+            line = Text(f"↳ {reference(screen, nodes[ident], labels.get(ident))}", "dim")
+        line.append(f"  {edge}" if edge else "", "dim italic")
+        line.append("  ◀" if ident == chosen else "", "bold")
+        node = branch.add(line)
+        if ident not in drawn:
+            drawn.add(ident)
+            todo += [(node, *child) for child in reversed(below.get(ident, {}).items())]
+    return top
+
+
+def reference(screen, task, label):
+    parts = (label, screen.short(task.get("id")), task.get("title"), "(shown above)")
+    return " ".join(one_line(part) for part in parts if part)
+
+
+def graph(tasks):
+    """(id → task, id → {downstream id: edge}), with stubs for upstreams not among `tasks`."""
+    nodes, below = {task["id"]: task for task in reversed(tasks)}, {}
+    for task in list(nodes.values()):
+        for one in blocking(task):
+            up, kind = one["depends_on_task_id"], one.get("dependency_type")
+            nodes.setdefault(up, upstream_stub(one))
+            edges = below.setdefault(up, {})
+            name = edge_name(one) if kind == "input" else ""
+            edges[task["id"]] = ", ".join(filter(None, (edges.get(task["id"]), name)))
+    return nodes, below
+
+
+def upstream_stub(dependency):
+    return {
+        "id": dependency["depends_on_task_id"],
+        "title": dependency.get("depends_on_title"),
+        "status": dependency.get("depends_on_status"),
+    }
+
+
+def connected(tasks, ident):
+    """Those of `tasks` that hang together with `ident`, and itself."""
+    links = {}
+    for task in tasks:
+        for one in blocking(task):
+            links.setdefault(task["id"], []).append(one["depends_on_task_id"])
+            links.setdefault(one["depends_on_task_id"], []).append(task["id"])
+    wanted = reach(ident, links)
+    return [task for task in tasks if task["id"] in wanted]
+
+
+def reach(start, edges):
+    found, todo = {start}, [start]
+    while todo:
+        fresh = set(edges.get(todo.pop(), ())) - found
+        found |= fresh
+        todo += fresh
+    return found
+
+
+def labels_of(pipeline):
+    return {ident: label for label, ident in (pipeline.get("id_map") or {}).items()}
+
+
+def pipeline_view(screen, pipeline):
+    tasks = pipeline.get("tasks") or []
+    head = Text(one_line(pipeline.get("name") or ""), "bold")
+    head.append(f"  {one_line(pipeline.get('id') or '')}", "dim")
+    # graph() turns the newest-first order of lists round; a pipeline's tasks are in file order.
+    tree = task_tree(screen, tasks[::-1], labels_of(pipeline))
+    return Stack(head, tree, Text(final_summary(tasks), "dim"))
+
+
+def final_summary(tasks):
+    counts = {}
+    for task in tasks:
+        status = shown_status(task)
+        counts[status] = counts.get(status, 0) + 1
+    starts = [task["started_at"] for task in tasks if task.get("started_at")]
+    ends = [task["completed_at"] for task in tasks if task.get("completed_at")]
+    took = seconds_between(min(starts), max(ends)) if starts and ends else None
+    took = f" in {lasting(took)}" if took is not None and len(ends) == len(tasks) else ""
+    return f"{plural(len(tasks), 'task')}: {counted(counts)}{took}"
+
+
+# --- the frame of every command ---------------------------------------------------------------
+
+
+class App:
+    """What a command works with: flags, credentials, the hub, the screen."""
+
+    def __init__(self):
+        self.flags = {}
+        self.screen = Screen()
+
+    @property
+    def as_json(self):
+        return bool(self.flags.get("as_json"))
+
+    @functools.cached_property
+    def credentials(self):
+        return Credentials(self.flags, os.environ, load_config())
+
+    @functools.cached_property
+    def hub(self):
+        who = self.credentials
+        if not who.url:
+            raise usage("No hub is known. Sign in: orchestratia login --hub URL")
+        if not who.key:
+            raise usage(
+                f"You are not signed in to {who.url}. Run: orchestratia login --hub {who.url}"
+            )
+        return Hub(who.url, who.key)
+
+    @functools.cached_property
+    def project_id(self):
+        """The id of the chosen project, or None when the hub is to decide."""
+        name = self.credentials.project
+        if not name or UUID.fullmatch(name.lower()):
+            return name and name.lower()
+        return self.hub.get(f"projects/{self.segment('projects', name)}")["id"]
+
+    def segment(self, kind, name):
+        """A name or id as one segment of a path."""
+        if not name.strip():
+            raise usage("The name must not be empty.")
+        if "/" not in name and name not in (".", ".."):
+            return quote(name, safe="")
+        # Such a name would change the path, whatever its escaping.
+        rows = self.hub.get(kind, **({"all": 1} if kind == "sessions" else {})).get(kind) or ()
+        found = [row["id"] for row in rows if row.get("name") == name]
+        if len(found) != 1:
+            what = f"several {kind} are" if found else f"no {kind[:-1]} is"
+            code = "ambiguous" if found else "not_found"
+            raise Problem(f"{what.capitalize()} called {name!r}.", code, {"candidates": found})
+        return quote(found[0], safe="")
+
+    def full_id(self, ref):
+        """The full id of a task given by prefix, for places where the hub wants it whole."""
+        return ref if UUID.fullmatch(ref) else self.hub.get(f"tasks/{ref}")["id"]
+
+    def show(self, data, render=None):
+        """Prints an answer: as JSON, or as `render(screen, data)` draws it."""
+        if self.as_json:
+            click.echo(json.dumps(data, indent=2))
+        elif render:
+            self.screen.print(render(self.screen, data))
+
+    def did(self, sentence, data, render=None):
+        """Prints what was done, then the thing it was done to."""
+        if not self.as_json:
+            self.screen.print(Text(one_line(sentence), "green"))
+        self.show(data, render)
+
+    def say(self, sentence):
+        """A remark beside the output."""
+        if not self.as_json:
+            click.echo(one_line(sentence), err=True)
+
+
+pass_app = click.make_pass_decorator(App, ensure=True)
+
+
+def remember(ctx, param, value):
+    if value:
+        ctx.ensure_object(App).flags[param.name] = value
+
+
+COMMON = [
+    click.Option(
+        [flag, name] if name != flag[2:] else [flag],
+        is_flag=name == "as_json",
+        expose_value=False,
+        callback=remember,
+        hidden=True,
+        help=text,
+    )
+    for flag, name, text in (
+        ("--json", "as_json", "Print the hub's JSON, and errors as JSON, on standard output."),
+        ("--hub", "hub", "URL of the hub (else ORCHESTRATIA_HUB_URL, else the saved one)."),
+        ("--token", "token", "Token or key (else ORCHESTRATIA_TOKEN, ORCHESTRATIA_API_KEY)."),
+        ("--project", "project", "Project by name or id (else ORCHESTRATIA_PROJECT_ID)."),
+    )
+]
+
+
+class Common:
+    """Help with an example, and the common options at every place of a command line."""
+
+    def __init__(self, *args, example="", **attributes):
+        super().__init__(*args, **attributes)
+        self.example = example
+
+    def get_params(self, ctx):
+        return super().get_params(ctx) + COMMON
+
+    def format_epilog(self, ctx, formatter):
+        with formatter.section("Options of all commands"):
+            formatter.write_dl([(option.opts[0], option.help) for option in COMMON])
+        if self.example:
+            with formatter.section("Example"):
+                for line in self.example.split("\n"):
+                    formatter.write(f"  {line}\n")
+
+
+class Command(Common, click.Command):
+    """`several`: options that take all words to the next option. `trailing`: words after `--`."""
+
+    def __init__(self, *args, several=(), trailing=False, **attributes):
+        super().__init__(*args, **attributes)
+        self.several, self.trailing = several, trailing
+
+    def parse_args(self, ctx, args):
+        if self.trailing and "--" in args:
+            cut = args.index("--")
+            ctx.meta["trailing"], args = args[cut + 1 :], args[:cut]
+        return super().parse_args(ctx, spread(args, self.several))
+
+
+def spread(args, several):
+    """`--opt A B` written as `--opt A --opt B` for the options in `several`."""
+    out, current, fresh = [], None, False
+    for number, arg in enumerate(args):
+        if arg == "--":
+            return out + args[number:]
+        if current and fresh:
+            out.append(arg)
+            fresh = False
+        elif arg.startswith("--") and arg.partition("=")[0] in several:
+            current, fresh = arg.partition("=")[0], "=" not in arg
+            out.append(arg)
+        elif current and not arg.startswith("-"):
+            out += [current, arg]
+        else:
+            current = None
+            out.append(arg)
+    return out
+
+
+class Commands(Common, click.Group):
+    command_class = Command
+    group_class = type
+    aliases = {"ls": "list", "status": "view", "show": "view", "view": "show"}
+
+    def get_command(self, ctx, name):
+        return super().get_command(ctx, name) or super().get_command(ctx, self.aliases.get(name))
+
+
+class Root(Commands):
+    """The boundary: whatever happens becomes a sentence and an exit code."""
+
+    def main(self, args=None, **extra):
+        args = list(sys.argv[1:] if args is None else args)
+        before = args[: args.index("--")] if "--" in args else args
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError):
+                stream.reconfigure(errors="replace")
+        extra.update(standalone_mode=False)
+        sys.exit(self._run(args, "--json" in before, extra))
+
+    def _run(self, args, as_json, extra):
+        try:
+            if any(re.search("[\ud800-\udfff]", arg) for arg in args):
+                raise usage("The command line is not valid UTF-8.")
+            return super().main(args, **extra) or 0
+        except click.UsageError as error:
+            return self._usage(error, as_json)
+        except click.ClickException as error:
+            return report(Problem(error.format_message(), "local"), as_json)
+        except Problem as problem:
+            return report(problem, as_json)
+        except (click.Abort, KeyboardInterrupt):
+            return report(Interrupted("Interrupted.", "interrupted"), as_json)
+        except Exception as error:  # the last resort: a person must never meet a traceback
+            if os.environ.get("ORCHESTRATIA_DEBUG"):
+                raise
+            fault = f"{type(error).__name__}: {error}"
+            return report(
+                Problem(
+                    f"The hub's answer or this program is at fault ({one_line(fault)}). "
+                    "ORCHESTRATIA_DEBUG=1 shows where.",
+                    "internal",
+                ),
+                as_json,
+            )
+
+    def _usage(self, error, as_json):
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            click.echo(error.format_message())
+        elif as_json:
+            body = {"error": error.format_message(), "code": "usage", "fields": {}}
+            click.echo(json.dumps(body, indent=2))
+        else:
+            hint = f"  ({error.ctx.command_path} --help)" if error.ctx else ""
+            click.echo(f"Error: {clean(error.format_message())}{hint}", err=True)
+        return EXIT_USAGE
+
+
+class Interrupted(Problem):
+    exit_code = EXIT_INTERRUPTED
+
+
+def report(problem, as_json):
+    """Prints a problem and returns its exit code."""
+    if as_json:
+        error = {"error": str(problem), "code": problem.code, "fields": problem.fields}
+        click.echo(json.dumps(error, indent=2))
+        return problem.exit_code
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    if problem.exit_code == EXIT_INTERRUPTED:
+        click.echo(str(problem), err=True)
+        return problem.exit_code
+    click.echo(click.style("Error:", fg="red" if colour else None) + f" {clean(problem)}", err=True)
+    for candidate in problem.fields.get("candidates") or ():
+        click.echo(f"  {candidate_line(candidate)}", err=True)
+    if problem.code in ("unauthorized", "unauthenticated", "http_401"):
+        click.echo("Sign in with: orchestratia login", err=True)
+    return problem.exit_code
+
+
+def candidate_line(candidate):
+    if not isinstance(candidate, dict):
+        return one_line(candidate)
+    return "  ".join(one_line(value) for value in candidate.values() if value is not None)
+
+
+def chosen_id(positional, option, default, needed=True):
+    """The task a command is about: `ID`, `--id ID`, else in a session its own task."""
+    if positional and option and task_ref(positional) != task_ref(option):
+        raise usage("Two task ids are given; give ID or --id ID.")
+    text = positional or option or (default and os.environ.get("ORCHESTRATIA_TASK_ID"))
+    if not text and needed:
+        raise usage("Missing argument 'ID': which task?")
+    return task_ref(text) if text else None
+
+
+def id_option(function):
+    return click.option("--id", "id_option", metavar="ID", help="The task, instead of ID.")(
+        function
+    )
+
+
+def task_argument(default=False, needed=True):
+    """`ID` or `--id ID` as `task_id`; with `default`, a session's own task if neither is given."""
+
+    def decorate(function):
+        @click.argument("positional", metavar="[ID]", required=False)
+        @id_option
+        @functools.wraps(function)
+        def command(*args, positional, id_option, **options):
+            task_id = chosen_id(positional, id_option, default, needed)
+            return function(*args, task_id=task_id, **options)
+
+        return command
+
+    return decorate
+
+
+def task_and(*names):
+    """`TASK` (or `--id`, or the session's own) and then the arguments `names`."""
+
+    def decorate(function):
+        @click.argument("given_words", nargs=-1, metavar=" ".join(("[ID]", *map(str.upper, names))))
+        @id_option
+        @functools.wraps(function)
+        def command(*args, given_words, id_option, **options):
+            first = given_words[: len(given_words) - len(names)]
+            if len(first) > 1 or len(given_words) < len(names):
+                raise usage(f"Give a task ID{''.join(f' and {name.upper()}' for name in names)}.")
+            task_id = chosen_id(first[0] if first else None, id_option, default=True)
+            values = dict(zip(names, given_words[len(first) :], strict=True))
+            return function(*args, task_id=task_id, **values, **options)
+
+        return command
+
+    return decorate
+
+
+@click.group(
+    cls=Root,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    example="orchestratia login --hub http://127.0.0.1:8080\n"
+    "orchestratia pipeline apply examples/ecommerce.yaml --watch",
+)
+@click.version_option(VERSION, "-V", "--version", message="orchestratia %(version)s")
+def cli():
+    """Drive an Orchestratia hub: projects, servers, sessions, tasks and pipelines.
+
+    Exit codes: 0 done, 1 refused by the hub (or the work awaited has failed), 2 wrong usage,
+    3 hub unreachable, 4 timed out waiting.
+    """
+
+
+# --- who am I ---------------------------------------------------------------------------------
+
+
+def login_link(text):
+    """(hub URL or None, login token) of a one-time link or a bare token."""
+    if "://" not in text:
+        return None, text
+    parts = urlsplit(text)
+    token = parse_qs(parts.query).get("token", [""])[0]
+    if not token:
+        raise usage("The link has no login token in it; copy it whole, with ?token=….")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.removesuffix('/login')}", token
+
+
+def ask_login(username, password_stdin):
+    if not (sys.stdin.isatty() or password_stdin):
+        raise usage("There is no terminal to ask for the password; use --password-stdin.")
+    if password_stdin and not username:
+        raise usage("--password-stdin needs --username.")
+    username = username or click.prompt("Username")
+    if password_stdin:
+        return {"username": username, "password": sys.stdin.readline().rstrip("\r\n")}
+    return {"username": username, "password": click.prompt("Password", hide_input=True)}
+
+
+@cli.command(example="orchestratia login --hub http://127.0.0.1:8080 --username ada")
+@click.argument("token_or_link", required=False)
+@click.option("--username", help="Who you are; asked for if not given.")
+@click.option("--password-stdin", is_flag=True, help="Read the password from standard input.")
+@pass_app
+def login(app, token_or_link, username, password_stdin):
+    """Sign in to a hub.
+
+    The token is kept in cli.yaml, readable by you only.
+
+    TOKEN_OR_LINK is the one-time login link the hub printed at its first start.
+    """
+    linked, token = login_link(token_or_link) if token_or_link else (None, None)
+    url = hub_url(linked) if linked else app.credentials.url
+    if not url and sys.stdin.isatty() and not password_stdin:
+        url = hub_url(click.prompt("Hub URL"))
+    if not url:
+        raise usage("Which hub? Give --hub URL.")
+    if url.startswith("http://") and not is_loopback(urlsplit(url).hostname):
+        app.say(f"Note: {url} is not encrypted; others on the way can read your password.")
+    body = {"login_token": token} if token else ask_login(username, password_stdin)
+    answer = Hub(url).post("auth/login", body)
+    if not isinstance(answer.get("token"), str):
+        raise Problem(f"{url} gave no token; is it an Orchestratia hub?", "not_a_hub")
+    path = save_config({**app.credentials.config, "hub_url": url, "token": answer["token"]})
+    user = answer.get("user") or {}
+    app.did(
+        f"Signed in to {url} as {user.get('username', 'you')}. Saved in {path}.",
+        {"hub_url": url, "user": user, "config": str(path)},
+    )
+
+
+@cli.command(example="orchestratia logout")
+@pass_app
+def logout(app):
+    """Sign out: hub and cli.yaml forget the token."""
+    who, hub = app.credentials, app.hub
+    if who.config.get("token") == who.key:
+        save_config({key: value for key, value in who.config.items() if key != "token"})
+    app.did(f"Signed out of {who.url}.", hub.post("auth/logout"))
+
+
+@cli.command(example="orchestratia whoami")
+@pass_app
+def whoami(app):
+    """Show which hub you talk to, and as whom."""
+    app.show(
+        app.hub.get("auth/me"),
+        lambda screen, me: identity_view(screen, {"hub_url": app.hub.url, **me}),
+    )
+
+
+def tasks_in(app, statuses):
+    """The tasks in any of `statuses`."""
+    return [
+        task
+        for status in statuses
+        for task in app.hub.get("tasks", status=status, project_id=app.project_id).get("tasks")
+        or ()
+    ]
+
+
+def own_tasks(app, me):
+    """The work in progress of whoever holds the key."""
+    if me.get("kind") == "server":
+        return app.hub.get("servers/tasks/poll").get("tasks") or []
+    if me.get("kind") == "session":
+        return [app.hub.get(f"tasks/{me['task_id']}")] if me.get("task_id") else []
+    return tasks_in(app, ACTIVE)
+
+
+@cli.command(example="orchestratia status --json")
+@pass_app
+def status(app):
+    """Am I connected, who am I, what is being worked on."""
+    me = app.hub.get("auth/me")
+    tasks = own_tasks(app, me)
+    counts = {name: sum(task.get("status") == name for task in tasks) for name in ACTIVE}
+    summary = {**counts, "total": len(tasks)}
+    app.show(
+        {"connected": True, "hub_url": app.hub.url, **me, "tasks": tasks, "task_summary": summary},
+        status_view,
+    )
+
+
+# --- projects, servers ------------------------------------------------------------------------
+
+
+@cli.group()
+def project():
+    """Projects: what servers, tasks and people belong to."""
+
+
+@project.command("list", example="orchestratia project list")
+@pass_app
+def project_list(app):
+    """List the projects you can see."""
+    app.show(app.hub.get("projects"), show_projects)
+
+
+@project.command("create", example='orchestratia project create "E-Commerce" --profile command')
+@click.argument("name")
+@click.option("--profile", help="The coding agent its tasks use by default.")
+@pass_app
+def project_create(app, name, profile):
+    """Create a project."""
+    made = app.hub.post("projects", {"name": not_empty(name, "NAME"), **given(profile=profile)})
+    app.did(f"Created project {made.get('name')}  {made.get('id')}", made)
+
+
+@cli.group()
+def server():
+    """Servers: machines that run sessions."""
+
+
+@server.command("list", example="orchestratia server list")
+@pass_app
+def server_list(app):
+    """List servers with state, free slots and repos."""
+    app.show(app.hub.get("servers", project_id=app.project_id), show_servers)
+
+
+@server.command("show", example="orchestratia server show dev-backend")
+@click.argument("name")
+@pass_app
+def server_show(app, name):
+    """Show one server by name or id."""
+    app.show(app.hub.get(f"servers/{app.segment('servers', name)}"), server_detail)
+
+
+@server.command("token", example="orchestratia server token --project shop --ttl 1h")
+@click.option("--ttl", type=DURATION_TYPE, help="How long it may be used; 1 h by default.")
+@click.option("--note", help="What it is for, shown in the list of tokens.")
+@pass_app
+def server_token(app, ttl, note):
+    """Make a token that registers a new server.
+
+    It can be used once; the commands to run on the server are printed with it.
+    """
+    answer = app.hub.post("servers/tokens", given(project_id=app.project_id, ttl_s=ttl, note=note))
+    app.show(answer)
+    if not app.as_json:
+        print_token(app.screen, answer)
+
+
+def print_token(screen, answer):
+    project_name = one_line(answer.get("project_name") or "")
+    left = seconds_between(datetime.now(UTC).isoformat(), answer.get("expires_at"))
+    until = f", within {lasting(round(left), 1)}" if left else ""
+    screen.print(Text(f"One new server may join {project_name or 'the project'}{until}.", "bold"))
+    screen.print(Text("The token is shown this once:", "dim"))
+    screen.line(answer.get("token") or "")
+    for name, commands in (answer.get("commands") or {}).items():
+        screen.print(Text(f"\n{one_line(name)}:", "dim"))
+        for line in commands if isinstance(commands, list) else str(commands).split("\n"):
+            screen.line(line)
+
+
+# --- sessions ---------------------------------------------------------------------------------
+
+
+@cli.group()
+def session():
+    """Sessions: the terminals that workers run in."""
+
+
+def session_path(app, name, *rest):
+    return "/".join(("sessions", app.segment("sessions", name), *rest))
+
+
+@session.command("list", example="orchestratia session list --all")
+@click.option("--all", "everything", is_flag=True, help="Also those that are over.")
+@click.option("--status", help="Only those in this state.")
+@pass_app
+def session_list(app, everything, status):
+    """List live sessions."""
+    query = given(project_id=app.project_id, all=1 if everything else None, status=status)
+    app.show(app.hub.get("sessions", **query), show_sessions)
+
+
+@session.command("show", example="orchestratia session show dev-01")
+@click.argument("name")
+@pass_app
+def session_show(app, name):
+    """Show one session by name or id."""
+    app.show(app.hub.get(session_path(app, name)), session_detail)
+
+
+@session.command("screen", example="orchestratia session screen dev-01")
+@click.argument("name")
+@pass_app
+def session_screen(app, name):
+    """Print what the session's screen shows now."""
+    app.show(
+        app.hub.get(session_path(app, name, "screen")),
+        lambda screen, data: Text("\n".join(clean(line) for line in data.get("lines") or ())),
+    )
+
+
+@session.command("send", example='orchestratia session send dev-01 "run the tests again"')
+@click.argument("name")
+@click.argument("text")
+@pass_app
+def session_send(app, name, text):
+    """Type TEXT into a session and submit it.
+
+    Write it after -- if it begins with a dash.
+    """
+    app.did(f"Sent to {name}.", app.hub.post(session_path(app, name, "input"), {"text": text}))
+
+
+@session.command("close", example="orchestratia session close dev-01 --force")
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Kill what runs in it.")
+@pass_app
+def session_close(app, name, force):
+    """Close a session."""
+    answer = app.hub.post(session_path(app, name, "close"), {"force": True} if force else {})
+    app.did(f"Closing {name}.", answer)
+
+
+class Log:
+    """Writes a session's output as it comes in: as it is, cleaned for reading, or as JSON lines."""
+
+    def __init__(self, app, raw):
+        self.app, self.raw, self.rest = app, raw, ""
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self.collected = []
+
+    def write(self, block, offset):
+        if self.app.as_json:
+            text = self.decode(block)
+            self.collected.append(text)
+            return
+        if self.raw:
+            sys.stdout.buffer.write(block)
+            return sys.stdout.buffer.flush()
+        *lines, self.rest = (self.rest + self.decode(block)).split("\n")
+        click.echo("".join(f"{self._readable(line)}\n" for line in lines), nl=False)
+
+    def close(self):
+        if self.rest:
+            click.echo(self._readable(self.rest))
+
+    @staticmethod
+    def _readable(line):
+        # A carriage return overwrites: of a progress bar only the last picture is read.
+        return clean(ESCAPES.sub("", line).rstrip("\r").rpartition("\r")[2])
+
+
+@session.command("logs", example="orchestratia session logs dev-01 --follow")
+@click.argument("name")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the session is over.")
+@click.option("--raw", is_flag=True, help="The bytes as they are, with their colours and controls.")
+@pass_app
+def session_logs(app, name, follow, raw):
+    """Print the complete output of a session."""
+    found = app.hub.get(session_path(app, name))
+    path, offset = f"sessions/{found['id']}", found.get("log_start") or 0
+    log = Log(app, raw)
+    while True:
+        over = not follow or found.get("status") in SESSION_OVER
+        offset = drain(app, f"{path}/output", offset, log)
+        if app.as_json and follow:
+            flush_json(log, offset)
+        if over:
+            break
+        time.sleep(FOLLOW_INTERVAL_S)
+        found = app.hub.get(path)
+    log.close()
+    if not follow:
+        app.show(
+            {"session_id": found["id"], "output": "".join(log.collected), "next_offset": offset}
+        )
+
+
+def drain(app, path, offset, log):
+    """Reads the log from `offset` to its present end, and returns that."""
+    while True:
+        block, following = app.hub.output(path, offset)
+        if not block:
+            return following
+        log.write(block, offset)
+        offset = following
+
+
+def flush_json(log, offset):
+    if log.collected:
+        click.echo(json.dumps({"output": "".join(log.collected), "next_offset": offset}))
+        log.collected.clear()
+
+
+# --- tasks ------------------------------------------------------------------------------------
+
+
+@cli.group()
+def task():
+    """Tasks: units of work, in a graph of dependencies.
+
+    ID is a task's id or its first 4 characters or more, with or without #. Inside a session,
+    start, complete, fail, view, explain, events and tree mean its own task when no ID is given.
+    """
+
+
+def options(*decorators):
+    def decorate(function):
+        for option in reversed(decorators):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+# The fields of a task that both create and update take.
+describing = options(
+    click.option("--spec", help="What is to be done; the title says it all if left out."),
+    click.option("--spec-file", metavar="FILE", help="Read the spec from a file, or - ."),
+    click.option("--structured-spec", metavar="FILE|JSON", help="An orchestratia/task-spec/v1."),
+    click.option("--priority", type=PRIORITIES),
+    click.option("--type", "kind", type=TYPES),
+    click.option("--repo", help="The repo the work is in."),
+    click.option("--branch"),
+    click.option("--acceptance-criteria", "criteria", multiple=True, metavar="TEXT…"),
+    click.option("--language", multiple=True, help="A language the server must offer; repeatable."),
+    click.option("--framework", multiple=True, help="A framework it must offer; repeatable."),
+    click.option("--capability", multiple=True, help="A capability it must offer; repeatable."),
+    click.option("--profile", help="The coding agent, or `command` for any program."),
+    click.option(
+        "--command",
+        "command_text",
+        metavar="WORDS|JSON",
+        help="The program of profile `command`; better written after --.",
+    ),
+    click.option("--max-attempts", type=click.IntRange(min=1)),
+    click.option("--retry-delay", type=DURATION_TYPE),
+    click.option("--queue-timeout", type=DURATION_TYPE, help="Longest wait for a place."),
+    click.option("--start-timeout", type=DURATION_TYPE, help="From assignment to start."),
+    click.option("--progress-timeout", type=DURATION_TYPE, help="Without a sign of progress."),
+    click.option("--timeout", type=DURATION_TYPE, help="In all."),
+    click.option(
+        "--on-lost", type=click.Choice(["retry", "ask"]), help="If its server stays away."
+    ),
+)
+
+
+def command_of(text, trailing):
+    """The argument list of a `command` worker: the words after `--`, else of `--command`."""
+    if text and trailing:
+        raise usage("Give the program with --command or after --, not both.")
+    if not text:
+        return trailing
+    if text.lstrip().startswith("["):
+        command = json_value(text, "--command")
+        if not all(isinstance(part, str) for part in command):
+            raise usage("--command as JSON must be a list of strings.")
+        return command
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise usage(f"--command cannot be split into words: {error}.") from None
+
+
+def described(ctx, spec, spec_file, structured_spec, command_text, **fields):
+    """The request fields of `describing` that were given."""
+    if spec is not None and spec_file:
+        raise usage("Give --spec or --spec-file, not both.")
+    spec = not_empty(read_text(spec_file) if spec_file else spec, "--spec")
+    structured = structured_spec and file_or_json(structured_spec, "--structured-spec")
+    command = command_of(command_text, ctx.meta.get("trailing"))
+    needs = given(
+        languages=list(fields.pop("language")),
+        frameworks=list(fields.pop("framework")),
+        capabilities=list(fields.pop("capability")),
+    )
+    profile = fields.pop("profile") or ("command" if command else None)
+    return given(
+        spec=spec,
+        structured_spec=structured,
+        priority=fields.pop("priority"),
+        type=fields.pop("kind"),
+        target_repo=fields.pop("repo"),
+        target_branch=fields.pop("branch"),
+        acceptance_criteria=list(fields.pop("criteria")),
+        requirements=needs,
+        profile=profile,
+        command=command,
+        retry_delay_s=fields.pop("retry_delay"),
+        **fields,
+    )
+
+
+@task.command(
+    "create",
+    several=("--depends-on", "--acceptance-criteria"),
+    trailing=True,
+    options_metavar="--title TEXT [OPTIONS] [-- PROGRAM ARGUMENT…]",
+    example='orchestratia task create --title "Gateway routes" --repo api-gateway \\\n'
+    "    --depends-on 4f2a:input:api_schema --auto-assign\n"
+    "orchestratia task create --title Tests --repo web --assign dev-01 -- make test",
+)
+@click.option("--title", required=True)
+@describing
+@click.option(
+    "--depends-on",
+    multiple=True,
+    metavar="ID[:input:KEY|:related]…",
+    help="What must be done first; input hands its contract KEY down. Several allowed.",
+)
+@click.option("--auto-assign", is_flag=True, help="Place it as soon as it is free.")
+@click.option("--assign", metavar="NAME", help="Give it to this session or server.")
+@click.option("--require-plan", is_flag=True, help="A plan must be approved before the work.")
+@click.pass_context
+@pass_app
+def task_create(app, ctx, title, depends_on, auto_assign, assign, require_plan, **fields):
+    """Create a task."""
+    body = {"title": not_empty(title, "--title"), **described(ctx, **fields)}
+    dependencies = [parse_dependency(text) for text in depends_on]
+    body |= given(
+        auto_assign=auto_assign or None,
+        require_plan=require_plan or None,
+        session_id=os.environ.get("ORCHESTRATIA_SESSION_ID"),
+        project_id=app.project_id,
+        dependencies=[dependency_body(app, *one) for one in dependencies],
+    )
+    made = app.hub.post("tasks", body)
+    if assign:
+        made = assign_created(app, made, assign, require_plan)
+    app.did("Task created and assigned" if assign else "Task created", made, task_brief)
+
+
+def dependency_body(app, ref, kind, key):
+    body = {"depends_on_task_id": app.full_id(ref), "dependency_type": kind}
+    return body | given(contract_key=key)
+
+
+def assign_created(app, made, name, require_plan):
+    body = {"session_name": name, **given(require_plan=require_plan or None)}
+    try:
+        return app.hub.post(f"tasks/{made['id']}/assign", body)
+    except Problem as problem:
+        fields = {**problem.fields, "task_id": made["id"]}
+        sentence = f"Task {made['id']} was created but not assigned: {problem}"
+        raise type(problem)(sentence, problem.code, fields) from None
+
+
+@task.command("list", example="orchestratia task list --status running")
+@click.option("--status", help="Only tasks in this state.")
+@click.option("--search", "-q", "q", help="Only tasks with these words.")
+@click.option("--limit", type=click.IntRange(min=1))
+@click.option("--cursor", help="Go on where the last list ended.")
+@pass_app
+def task_list(app, **query):
+    """List tasks, newest first."""
+    app.show(app.hub.get("tasks", project_id=app.project_id, **query), show_tasks)
+
+
+@task.command("view", example="orchestratia task view 4f2a")
+@task_argument(default=True)
+@pass_app
+def task_view(app, task_id):
+    """Show everything about a task (also: task status)."""
+    app.show(app.hub.get(f"tasks/{task_id}"), task_detail)
+
+
+@task.command("check", example="orchestratia task check --json")
+@pass_app
+def task_check(app):
+    """Show what is assigned to you.
+
+    In a session its task, with a server's key its tasks, for a person all work in progress.
+    """
+    tasks = own_tasks(app, app.hub.get("auth/me"))
+    app.show({"count": len(tasks), "tasks": tasks}, check_view)
+
+
+@task.command("assign", example="orchestratia task assign 4f2a --session dev-01")
+@task_argument()
+@click.option(
+    "--session", "session_name", metavar="NAME", help="Give it to this session or server."
+)
+@click.option("--server", "server_name", metavar="NAME", help="Give it to this server.")
+@click.option("--require-plan", is_flag=True, help="A plan must be approved before the work.")
+@pass_app
+def task_assign(app, task_id, session_name, server_name, require_plan):
+    """Assign a task; without a name, to the server that fits best."""
+    if session_name and server_name:
+        raise usage("Give --session or --server, not both.")
+    body = given(session_name=session_name, server=server_name, require_plan=require_plan or None)
+    made = app.hub.post(f"tasks/{task_id}/assign", body)
+    app.did("Task assigned" if placed(made) else "Task queued", made, task_brief)
+
+
+@task.command("start", example="orchestratia task start 4f2a")
+@task_argument(default=True)
+@pass_app
+def task_start(app, task_id):
+    """Report that work on a task has begun."""
+    app.did("Task started", app.hub.post(f"tasks/{task_id}/start"), task_brief)
+
+
+@task.command(
+    "complete",
+    example='orchestratia task complete 4f2a --result "All routes work"\n'
+    "orchestratia task complete 4f2a --result-file result.json",
+)
+@task_argument(default=True)
+@click.option("--result", metavar="TEXT|JSON", help="What came out: text, or any JSON.")
+@click.option("--result-file", metavar="FILE", help="Read it from a file, or - .")
+@pass_app
+def task_complete(app, task_id, result, result_file):
+    """Report that a task is done, with its result and contracts."""
+    if (result is None) == (result_file is None):
+        raise usage("Give the result with --result or with --result-file.")
+    text = read_text(result_file) if result is None else result
+    body = {"result": json_or_text(text), **given(git_diff_stats=git_diff_stats())}
+    app.did("Task completed", app.hub.post(f"tasks/{task_id}/complete", body), task_brief)
+
+
+def git(*arguments):
+    """What git prints, or None."""
+    try:
+        run = subprocess.run(
+            ["git", *arguments],
+            capture_output=True,
+            timeout=5,
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.decode("utf-8", "replace")
+
+
+def git_diff_stats():
+    """What the last commit here changed, or None outside a git work tree."""
+    shown = git(
+        "show",
+        "--numstat",
+        "--format=",
+        "--no-renames",
+        "--no-ext-diff",
+        "--no-textconv",
+        "-m",
+        "--first-parent",
+        "-z",
+        "HEAD",
+    )
+    rows = [row.split("\t", 2) for row in (shown or "").lstrip("\n").split("\0") if "\t" in row]
+    if not rows:
+        return None
+    texts = [
+        {"path": path, "insertions": int(added), "deletions": int(removed)}
+        for added, removed, path in rows
+        if added != "-"
+    ]
+    return {
+        "files_changed": len(rows),
+        "insertions": sum(file["insertions"] for file in texts),
+        "deletions": sum(file["deletions"] for file in texts),
+        "files": texts[:50],
+        "head_commit": (git("rev-parse", "--short", "HEAD") or "").strip(),
+        "base_commit": None,
+        "binary_files": [path for added, _, path in rows if added == "-"],
+    }
+
+
+@task.command("fail", example='orchestratia task fail 4f2a --error "The schema does not compile"')
+@task_argument(default=True)
+@click.option("--error", required=True, help="What went wrong.")
+@pass_app
+def task_fail(app, task_id, error):
+    """Report that a task has failed."""
+    app.did("Task failed", app.hub.post(f"tasks/{task_id}/fail", {"error": error}), task_brief)
+
+
+@task.command("cancel", example="orchestratia task cancel 4f2a --cascade")
+@task_argument()
+@click.option("--cascade", is_flag=True, help="Also all tasks that wait for it.")
+@pass_app
+def task_cancel(app, task_id, cascade):
+    """Cancel a task."""
+    answer = app.hub.delete(f"tasks/{task_id}", cascade="true" if cascade else None)
+    others = len(answer.get("also_cancelled") or ())
+    also = f" and {plural(others, 'task')} downstream" if others else ""
+    app.did(f"Task {answer.get('task_id') or task_id}{also} cancelled", answer)
+
+
+@task.command("retry", example="orchestratia task retry 4f2a")
+@task_argument()
+@pass_app
+def task_retry(app, task_id):
+    """Try a failed or cancelled task again."""
+    app.did("Task will be tried again", app.hub.post(f"tasks/{task_id}/retry"), task_brief)
+
+
+@task.command(
+    "update",
+    several=("--acceptance-criteria",),
+    trailing=True,
+    example="orchestratia task update 4f2a --priority critical --branch ''",
+)
+@task_argument()
+@click.option("--title")
+@describing
+@click.option("--auto-assign/--no-auto-assign", default=None, help="Place it when it is free.")
+@click.pass_context
+@pass_app
+def task_update(app, ctx, task_id, title, auto_assign, **fields):
+    """Change fields of a task.
+
+    An empty --repo, --branch or --acceptance-criteria clears it.
+    """
+    cleared = {
+        name: empty
+        for option, name, empty in (
+            ("repo", "target_repo", None),
+            ("branch", "target_branch", None),
+            ("criteria", "acceptance_criteria", []),
+        )
+        if fields[option] in ("", ("",))
+    }
+    body = {
+        **given(title=not_empty(title, "--title"), auto_assign=auto_assign),
+        **described(ctx, **fields),
+        **cleared,
+    }
+    if not body:
+        raise usage("Nothing to change: give at least one option.")
+    app.did("Task updated", app.hub.patch(f"tasks/{task_id}", body), task_detail)
+
+
+@task.command("explain", example="orchestratia task explain 4f2a")
+@task_argument(default=True)
+@pass_app
+def task_explain(app, task_id):
+    """Say why a task is where it is.
+
+    What it waits for, which server fits it, and why the others do not.
+    """
+    app.show(app.hub.get(f"tasks/{task_id}/explain"), explain_view)
+
+
+@task.command("events", example="orchestratia task events 4f2a")
+@task_argument(default=True)
+@pass_app
+def task_events(app, task_id):
+    """Show a task's timeline."""
+    app.show(app.hub.get(f"tasks/{task_id}/events"), timeline)
+
+
+def timeline(screen, data):
+    events = data.get("events") or []
+    first = events[0].get("at") if events else None
+    since = Column("after", lambda row: lasting(seconds_between(first, row.get("at"))))
+    return screen.table(events, [EVENT_COLUMNS[0], since, *EVENT_COLUMNS[1:]], "No events.")
+
+
+@task.command(
+    "tree",
+    example="orchestratia task tree 4f2a\norchestratia task tree --pipeline ecommerce\n"
+    "orchestratia task tree --project shop",
+)
+@task_argument(needed=False)
+@click.option("--pipeline", "pipeline_name", metavar="NAME", help="The tasks of a pipeline.")
+@pass_app
+def task_tree_command(app, task_id, pipeline_name):
+    """Draw the graph of tasks, each under what it waits for.
+
+    With ID all that hangs together with that task, with --pipeline a pipeline, else the project.
+    """
+    if task_id and pipeline_name:
+        raise usage("Give ID or --pipeline, not both.")
+    if not (pipeline_name or app.flags.get("project")):
+        task_id = chosen_id(task_id, None, default=True, needed=False)
+    if pipeline_name:
+        found = app.hub.get(f"pipelines/{app.segment('pipelines', pipeline_name)}")
+        return app.show(found, pipeline_view)
+    tasks, labels, chosen = tree_of(app, task_id)
+    app.show(
+        {"tasks": tasks},
+        lambda screen, data: (
+            task_tree(screen, tasks, labels, chosen) if tasks else Text("No tasks.", "dim")
+        ),
+    )
+
+
+def tree_of(app, task_id):
+    """(tasks, labels, id of the one asked for) of the tree around a task, or of the project."""
+    if not task_id:
+        return every_task(app, app.project_id), {}, None
+    one = app.hub.get(f"tasks/{task_id}")
+    project = one.get("project_id") or app.project_id
+    if not one.get("pipeline_id"):
+        return connected(every_task(app, project), one["id"]), {}, one["id"]
+    found = app.hub.get(f"pipelines/{one['pipeline_id']}")
+    # Others may hang on to a pipeline's tasks; of those the newest are looked at.
+    newest = app.hub.get("tasks", project_id=project, limit=PAGE).get("tasks") or []
+    own = [task for task in newest if task.get("pipeline_id") != found["id"]]
+    tasks = own + (found.get("tasks") or [])[::-1]
+    return connected(tasks, one["id"]), labels_of(found), one["id"]
+
+
+def every_task(app, project_id):
+    tasks, cursor = [], None
+    while True:
+        page = app.hub.get("tasks", project_id=project_id, limit=PAGE, cursor=cursor)
+        tasks += page.get("tasks") or []
+        cursor = page.get("next_cursor")
+        if not cursor:
+            return tasks
+
+
+@task.command("wait", example="orchestratia task wait 4f2a 91bc --timeout 10m")
+@click.argument("refs", nargs=-1, metavar="ID…")
+@click.option("--id", "more_refs", multiple=True, metavar="ID", help="A task, instead of ID.")
+@click.option("--for", "goal", default="done", metavar="done|started|STATUS", show_default=True)
+@click.option("--timeout", type=DURATION_TYPE, help="Give up (exit 4) after this long.")
+@pass_app
+def task_wait(app, refs, more_refs, goal, timeout):
+    """Wait until tasks are done.
+
+    --for waits until they have started, or for a state. Ends with 0 when all are there, 1 as soon
+    as one of them has ended otherwise, 4 when time is up.
+    """
+    refs = [task_ref(text) for text in (*refs, *more_refs)]
+    if not refs:
+        raise usage("Missing argument 'ID': which tasks?")
+    if goal not in GOALS and goal not in MARKS:
+        raise usage(f"{goal!r} is no state of a task; try done, started, running or needs_human.")
+    wait = Wait(app, refs, goal)
+    reached = wait.until(deadline(timeout))
+    tasks = list(wait.tasks.values())
+    app.show(tasks[0] if len(tasks) == 1 else {"tasks": tasks})
+    if not reached:
+        raise click.exceptions.Exit(EXIT_REFUSED)
+
+
+def deadline(timeout):
+    return time.monotonic() + timeout if timeout is not None else None
+
+
+def time_left(until):
+    return None if until is None else max(0.0, until - time.monotonic())
+
+
+class Wait:
+    """Follows tasks until each is where it is wanted, or one can no longer get there."""
+
+    def __init__(self, app, refs, goal):
+        self.app, self.goal = app, GOALS.get(goal, {goal})
+        self.refs, self.tasks, self.seen = refs, {}, {}
+        self.stream = Stream(app.hub)
+
+    def until(self, end):
+        """True when all are there, False when one has ended otherwise. Raises TimedOut."""
+        while True:
+            item = self.stream.get(time_left(end))
+            if item is not None:
+                self._take(item)
+            verdicts = [self._verdict(ident) for ident in self.tasks]
+            if False in verdicts or (verdicts and all(verdicts)):
+                return False not in verdicts
+            if time_left(end) == 0:
+                raise self._too_late()
+
+    def _take(self, item):
+        try:
+            self._look(item)
+        except Unreachable:  # the stream will notice too, reconnect, and have all read again
+            self.app.say(LOST_THE_HUB)
+
+    def _look(self, item):
+        if item is Stream.LOST:
+            self.app.say(LOST_THE_HUB)
+        elif item is Stream.SYNC:
+            for ref in list(self.tasks) or self.refs:
+                self._read(ref)
+        elif item.get("task_id") in self.tasks:
+            self.seen[item["task_id"]].add(EVENT_STATUS.get(item.get("type")))
+            self._read(item["task_id"])
+
+    def _read(self, ref):
+        task = self.app.hub.get(f"tasks/{ref}")
+        before = self.tasks.get(task["id"])
+        self.tasks[task["id"]] = task
+        self.seen.setdefault(task["id"], set()).add(task.get("status"))
+        if not self.app.as_json and (not before or shown_status(before) != shown_status(task)):
+            self.app.screen.print(task_line(self.app.screen, task))
+
+    def _verdict(self, ident):
+        if self.seen[ident] & self.goal:
+            return True
+        return False if self.tasks[ident].get("status") in ENDED else None
+
+    def _too_late(self):
+        states = [f"{task['id']} is {shown_status(task)}" for task in self.tasks.values()]
+        sentence = f"Time is up: {'; '.join(states) or 'the hub has not answered yet'}."
+        return TimedOut(sentence, "timeout", {"tasks": list(self.tasks.values())})
+
+
+@task.group()
+def deps():
+    """Dependencies between tasks."""
+
+
+@deps.command(
+    "add",
+    example="orchestratia task deps add 91bc --depends-on 4f2a \\\n"
+    "    --type input --contract-key api_schema",
+)
+@task_argument()
+@click.option("--depends-on", required=True, metavar="ID", help="What must be done first.")
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(DEPENDENCY_TYPES),
+    default=None,
+    help="Blocks (default), input with its contract, or related (a link only).",
+)
+@click.option("--contract-key", metavar="KEY", help="The contract an input hands down.")
+@pass_app
+def deps_add(app, task_id, depends_on, kind, contract_key):
+    """Let a task depend on another (ID:input:KEY works here too)."""
+    ref, typed, key = parse_dependency(depends_on)
+    kind, key = kind or ("input" if contract_key else typed), contract_key or key
+    check_dependency(kind, key)
+    answer = app.hub.post(f"tasks/{task_id}/dependencies", dependency_body(app, ref, kind, key))
+    state = "resolved" if answer.get("resolved") else "pending"
+    app.did(f"Dependency added: {edge_name(answer)}, {state}", answer)
+
+
+@deps.command("remove", example="orchestratia task deps remove 91bc --depends-on 4f2a")
+@task_argument()
+@click.option("--depends-on", required=True, metavar="ID")
+@pass_app
+def deps_remove(app, task_id, depends_on):
+    """Remove every dependency of a task on another."""
+    answer = app.hub.delete(f"tasks/{task_id}/dependencies/{task_ref(depends_on)}")
+    app.did("Dependency removed", answer)
+
+
+# --- contracts --------------------------------------------------------------------------------
+
+
+@cli.group()
+def contract():
+    """Contracts: the data a task hands to those downstream."""
+
+
+@contract.command("list", example="orchestratia contract list 4f2a")
+@task_and()
+@pass_app
+def contract_list(app, task_id):
+    """List what a task must produce and what it has produced."""
+    app.show(app.hub.get(f"tasks/{task_id}/contracts"), show_contracts)
+
+
+@contract.command("show", example="orchestratia contract show 4f2a api_schema")
+@task_and("key")
+@pass_app
+def contract_show(app, task_id, key):
+    """Show one contract with its data."""
+    app.show(app.hub.get(f"tasks/{task_id}/contracts/{quote(key, safe='')}"), contract_view)
+
+
+def contract_view(screen, data):
+    facts = (
+        ("key", one_line(data.get("key") or "")),
+        ("status", Mark(data.get("status") or "?")),
+        ("about", one_line(data.get("description") or "")),
+        ("by", one_line(data.get("by") or "")),
+        ("updated", age_of("updated_at")(data)),
+    )
+    parts = [
+        screen.section(
+            name.capitalize(), Text(clean(json.dumps(data[name], indent=2, ensure_ascii=False)))
+        )
+        for name in ("data", "schema")
+        if data.get(name) is not None
+    ]
+    return Stack(screen.facts(facts), *parts)
+
+
+@contract.command("set", example="orchestratia contract set 4f2a api_schema @schema.json")
+@task_and("key", "value")
+@pass_app
+def contract_set(app, task_id, key, value):
+    """Supply or amend a contract by hand.
+
+    VALUE is JSON, or @FILE (@- for standard input).
+    """
+    text = read_text(value[1:]) if value.startswith("@") else value
+    data = json_value(text, value[1:] if value.startswith("@") else "VALUE")
+    answer = app.hub.put(f"tasks/{task_id}/contracts/{quote(key, safe='')}", {"data": data})
+    app.did(f"Contract {key} set", answer)
+
+
+# --- pipelines --------------------------------------------------------------------------------
+
+
+@cli.group()
+def pipeline():
+    """Pipelines: many tasks with their dependencies, from one file."""
+
+
+def read_pipeline(app, path, name):
+    """The request that makes the pipeline of a file."""
+    shown = "standard input" if path == "-" else path
+    body = object_of(parse_document(read_text(path), shown), shown)
+    if not isinstance(body.get("tasks"), list) or not body["tasks"]:
+        raise usage(f"{shown} must have a list of tasks under `tasks`.")
+    for number, one in enumerate(body["tasks"], 1):
+        object_of(one, f"Task {number} of {shown}")
+    own = body.pop("project", None)
+    if own and not app.credentials.project:
+        app.credentials.project = str(own)
+    stem = "pipeline" if path == "-" else Path(path).stem
+    body["name"] = name or body.get("name") or stem
+    return body | given(project_id=app.project_id)
+
+
+@pipeline.command(
+    "apply",
+    example="orchestratia pipeline apply examples/ecommerce.yaml --watch\n"
+    "generate-tasks | orchestratia pipeline apply - --name nightly",
+)
+@click.argument("file")
+@click.option("--name", help="Instead of the name in the file.")
+@click.option("--watch", is_flag=True, help="Follow it until it has ended.")
+@click.option(
+    "--timeout", type=DURATION_TYPE, help="With --watch: give up (exit 4) after this long."
+)
+@pass_app
+def pipeline_apply(app, file, name, watch, timeout):
+    """Create all tasks of a YAML or JSON file.
+
+    All are made at once, or none; - reads standard input.
+
+    With --watch ends with 0 when all are done, 1 when one has failed or was cancelled and nothing
+    else can run, 4 when time is up.
+    """
+    made = app.hub.post("pipelines", read_pipeline(app, file, name))
+    if not watch:
+        return app.did("Pipeline created", made, pipeline_view)
+    app.say(f"Pipeline {made.get('name')} created: {made['id']}")
+    follow_pipeline(app, made, timeout)
+
+
+@pipeline.command("list", example="orchestratia pipeline list")
+@pass_app
+def pipeline_list(app):
+    """List pipelines with the states of their tasks."""
+    app.show(app.hub.get("pipelines", project_id=app.project_id), show_pipelines)
+
+
+@pipeline.command("show", example="orchestratia pipeline show ecommerce --watch")
+@click.argument("name")
+@click.option("--watch", is_flag=True, help="Follow it until it has ended.")
+@click.option(
+    "--timeout", type=DURATION_TYPE, help="With --watch: give up (exit 4) after this long."
+)
+@pass_app
+def pipeline_show(app, name, watch, timeout):
+    """Draw a pipeline, by name or id."""
+    found = app.hub.get(f"pipelines/{app.segment('pipelines', name)}")
+    if not watch:
+        return app.show(found, pipeline_view)
+    follow_pipeline(app, found, timeout)
+
+
+def stuck(tasks):
+    """The ids of tasks that have failed, were cancelled, or wait for such a one."""
+    lost = {task["id"] for task in tasks if task.get("status") in ("failed", "cancelled")}
+    below = {}
+    for task in tasks:
+        for one in blocking(task) if task.get("status") == "pending" else ():
+            up = one["depends_on_task_id"]
+            below.setdefault(up, []).append(task["id"])
+            if one.get("depends_on_status") in ("failed", "cancelled") and not one.get("resolved"):
+                lost.add(task["id"])
+    for ident in list(lost):
+        lost |= reach(ident, below)
+    return lost
+
+
+def outcome(tasks):
+    """0 when all are done, 1 when nothing more can happen by itself, None while it goes on."""
+    lost = stuck(tasks)
+    if any(task.get("status") != "done" and task["id"] not in lost for task in tasks):
+        return None
+    return EXIT_REFUSED if lost else 0
+
+
+def follow_pipeline(app, pipeline, timeout):
+    """Shows a pipeline until it has ended, and ends the program with its outcome."""
+    end, stream = deadline(timeout), Stream(app.hub)
+    picture = Silent() if app.as_json else Picture(app) if app.screen.fancy else Changes(app)
+    try:
+        with picture:
+            picture.update(pipeline)
+            while outcome(pipeline["tasks"]) is None:
+                pipeline = next_state(app, stream, pipeline, picture, end)
+                picture.update(pipeline)
+    except KeyboardInterrupt:
+        again = f"orchestratia pipeline show {pipeline['id']} --watch"
+        app.say(f"Stopped watching; the pipeline goes on. To look again: {again}")
+        raise
+    app.show(pipeline, lambda screen, data: Text(final_summary(data["tasks"]), "bold"))
+    raise click.exceptions.Exit(outcome(pipeline["tasks"]))
+
+
+def next_state(app, stream, pipeline, picture, end):
+    """The pipeline after the next change. Raises TimedOut."""
+    ids = {task["id"] for task in pipeline["tasks"]}
+    while time_left(end) != 0:
+        item = stream.get(min(picture.tick_s, time_left(end) or picture.tick_s))
+        if item is Stream.LOST:
+            picture.lost()
+        elif item is Stream.SYNC or (item and item.get("task_id") in ids):
+            while stream.pending():  # what is read now includes all these
+                stream.get()
+            try:
+                return app.hub.get(f"pipelines/{pipeline['id']}")
+            except Unreachable:  # the stream will notice too, reconnect, and have it read again
+                picture.lost()
+        picture.tick()
+    summary = final_summary(pipeline["tasks"])
+    raise TimedOut(f"Time is up; the pipeline goes on. {summary}.", "timeout", pipeline)
+
+
+class Silent:
+    """No picture: `--json` prints the final state only."""
+
+    tick_s = 60
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def update(self, pipeline):
+        pass
+
+    def tick(self):
+        pass
+
+    def lost(self):
+        pass
+
+
+class Changes(Silent):
+    """One line for each change, for pipes and logs."""
+
+    def __init__(self, app):
+        self.app, self.shown = app, {}
+
+    def update(self, pipeline):
+        labels = labels_of(pipeline)
+        for task in pipeline["tasks"]:
+            state = (shown_status(task), placed(task), task.get("attempt"))
+            if self.shown.get(task["id"]) != state:
+                self.shown[task["id"]] = state
+                line = task_line(self.app.screen, task, labels.get(task["id"]))
+                self.app.screen.print(Text.assemble(time.strftime("%H:%M:%S  "), line))
+
+    def lost(self):
+        self.app.say(LOST_THE_HUB)
+
+
+class Picture(Silent):
+    """A table that redraws itself, for people."""
+
+    tick_s = 0.25
+
+    def __init__(self, app):
+        self.screen, self.pipeline, self.note = app.screen, None, ""
+        self.live = Live(console=app.screen.console, auto_refresh=False, get_renderable=self._draw)
+
+    def __enter__(self):
+        self.live.start()
+        return self
+
+    def __exit__(self, *error):
+        self.live.stop()
+
+    def update(self, pipeline):
+        self.pipeline, self.note = pipeline, ""
+        self.tick()
+
+    def tick(self):
+        self.live.refresh()
+
+    def lost(self):
+        self.note = LOST_THE_HUB
+
+    def _draw(self):
+        if not self.pipeline:
+            return Text("")
+        tasks = self.pipeline["tasks"]
+        done = sum(task.get("status") == "done" for task in tasks)
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(one_line(self.pipeline.get("name") or ""), "bold"),
+            ProgressBar(
+                total=len(tasks), completed=done, width=24, complete_style="cyan", style="dim"
+            ),
+            Text(f"{done}/{len(tasks)}"),
+            Text(self.note, "yellow"),
+        )
+        return Stack(head, self._table(tasks), Text(""))
+
+    def _table(self, tasks):
+        labels, room = labels_of(self.pipeline), max(3, self.screen.console.height - 6)
+        columns = (
+            Column("", lambda task: one_line(labels.get(task["id"]) or "")),
+            Column("task", line_of("title"), cut=True),
+            Column("state", lambda task: Mark(shown_status(task))),
+            Column("where", placed, cut=True, spare=1),
+            Column("time", lambda task: f"{spent(task):>8}"),
+            Column("waits for", lambda task: waits_for(task, labels), cut=True, spare=2),
+        )
+        shown = tasks if len(tasks) <= room else most_telling(tasks, room)
+        table = self.screen.table(shown, columns, "")
+        if len(shown) < len(tasks):
+            return Stack(table, Text(f"… and {len(tasks) - len(shown)} more", "dim"))
+        return table
+
+
+def most_telling(tasks, room):
+    """`room` of the tasks in their order: what fails and runs before what waits or is done."""
+    order = ("failed", "needs_human", "plan_review", "running", "planning", "assigned", "pending")
+    rank = {status: number for number, status in enumerate(order)}
+    ranked = sorted(tasks, key=lambda task: rank.get(task.get("status"), len(order)))
+    kept = {task["id"] for task in ranked[:room]}
+    return [task for task in tasks if task["id"] in kept]
+
+
+def waits_for(task, labels):
+    """What a pending task still waits for: open upstreams, else the hub's reason."""
+    if task.get("status") not in ("pending", "failed"):
+        return ""
+    open_ones = [
+        one_line(labels.get(one["depends_on_task_id"]) or one.get("depends_on_title") or "")
+        for one in blocking(task)
+        if not one.get("resolved")
+    ]
+    if task.get("status") == "failed":
+        return why(task) or one_line(summary_of(task.get("result") or ""))
+    return ", ".join(dict.fromkeys(open_ones)) or why(task)
+
+
+# --- events -----------------------------------------------------------------------------------
+
+
+def latest_events(app, limit, after, task_id):
+    """The hub's answer cut to the newest `limit` events, or with `after` the next ones."""
+    if task_id:
+        found = app.hub.get(f"tasks/{task_id}/events").get("events") or []
+        fresh = [event for event in found if after is None or event["id"] > after]
+        return {"events": fresh[-limit:], "next_cursor": None}
+    project = app.project_id
+    if after is not None:
+        return app.hub.get("events", after=after, project_id=project, limit=limit)
+    kept, page = [], {"next_cursor": 0}
+    while page["next_cursor"] is not None:
+        page = app.hub.get("events", after=page["next_cursor"], project_id=project, limit=PAGE)
+        found = page.get("events") or []
+        kept = (kept + found)[-limit:]
+        page["next_cursor"] = page.get("next_cursor") if found else None
+    return {"events": kept, "next_cursor": None}
+
+
+@cli.command(example="orchestratia events --follow --task 4f2a")
+@click.option("--follow", "-f", is_flag=True, help="Go on with what happens from now.")
+@click.option("--after", type=int, metavar="EVENT", help="Only what came after this event.")
+@click.option("--task", "task_text", metavar="ID", help="Only what happened to this task.")
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True)
+@pass_app
+def events(app, follow, after, task_text, limit):
+    """Show what happened, oldest first.
+
+    With --follow --json each event is a line of its own.
+    """
+    task_id = app.full_id(task_ref(task_text)) if task_text else None
+    page = latest_events(app, limit, after, task_id)
+    if not follow:
+        return app.show(page, show_events)
+    found = page.get("events") or []
+    stream = Stream(app.hub, found[-1]["id"] if found else after)
+    for event in found:
+        print_event(app, event)
+    while True:
+        item = stream.get()
+        if item is Stream.LOST:
+            app.say(LOST_THE_HUB)
+        elif item is not Stream.SYNC and task_id in (None, item.get("task_id")):
+            print_event(app, item)
+
+
+def print_event(app, event):
+    if app.as_json:
+        return click.echo(json.dumps(event))
+    about = event.get("task_id") or event.get("session_id") or event.get("server_id") or ""
+    app.screen.print(
+        Text.assemble(
+            (f"{clock(event.get('at'))}  ", "dim"),
+            (f"{one_line(event.get('type') or '?'):<20}  ", event_style(event)),
+            (f"{app.screen.short(about)}  ", "dim"),
+            f"{one_line(event.get('actor') or '')}  ",
+            details_of(event, 200),
+        )
+    )
+
+
+def event_style(event):
+    return MARKS.get(EVENT_STATUS.get(event.get("type")), ("", ""))[1]
+
+
+if __name__ == "__main__":
+    cli(prog_name="orchestratia")

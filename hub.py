@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""The hub: settings, wiring, scheduled jobs, `main()`."""
+
+if __name__ == "__main__":
+    # First of all, so that every module below sees cooperative threads and sockets.
+    from gevent import monkey
+
+    monkey.patch_all()
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from datetime import UTC
+from pathlib import Path
+
+import pages
+import yaml
+from apiflask import APIFlask
+from apscheduler.events import EVENT_JOB_ERROR
+from apscheduler.schedulers.background import BackgroundScheduler
+
+import api
+import auth
+import models
+import sessions
+import sockets
+import tasks
+import web
+
+log = logging.getLogger("orchestratia.hub")
+HERE = Path(__file__).parent
+
+# (name, default, help). From flags, then ORCHESTRATIA_<NAME>, then hub.yaml in the data directory.
+SETTINGS = (
+    ("host", "127.0.0.1", "address to listen on; anything but loopback needs TLS in front"),
+    ("port", 8080, "port to listen on; 0 takes a free one"),
+    ("data", "~/.local/share/orchestratia", "directory of the database, the logs and the secret"),
+    ("url", "", "address by which agents and people reach the hub; part of registration tokens"),
+    ("heartbeat_s", 30.0, "how often agents give a sign of life, in seconds"),
+    ("offline_after_s", 90.0, "silence after which a server is offline, in seconds"),
+    ("poll_silence_s", 40.0, "silence of the poll after which sessions are disconnected"),
+    ("grace_s", 15.0, "how long a recovered session is watched before it is active, in seconds"),
+    ("lost_after_s", 900.0, "absence after which a server's tasks are given to others"),
+    ("tick_s", 5.0, "how often silence is looked for, in seconds"),
+    ("due_s", 1.0, "how often retries and timeouts are looked for, in seconds"),
+    ("registration_s", 3600.0, "life of a registration token, in seconds"),
+    ("max_body_mb", 32.0, "largest request accepted, in megabytes"),
+    ("log_level", "INFO", "how much the hub logs: DEBUG, INFO, WARNING or ERROR"),
+)
+
+
+class BadSetting(Exception):
+    """A setting that cannot be used; the sentence says which, where it came from and why."""
+
+
+def read_settings(flags: dict | None = None, environ=os.environ) -> dict:
+    """The value of every setting, typed as its default. Raises BadSetting."""
+    flags = {k: v for k, v in (flags or {}).items() if v is not None}
+    given = dict(flags)
+    for name, _, _ in SETTINGS:
+        if name not in given and f"ORCHESTRATIA_{name.upper()}" in environ:
+            given[name] = environ[f"ORCHESTRATIA_{name.upper()}"]
+    data = Path(str(given.get("data", _default("data")))).expanduser()
+    given = _from_file(data / "hub.yaml") | given
+    settings = {name: _typed(name, given.get(name, default)) for name, default, _ in SETTINGS}
+    settings["data"] = data
+    return settings
+
+
+def _default(name: str):
+    return next(default for known, default, _ in SETTINGS if known == name)
+
+
+def _from_file(path: Path) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        given = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise BadSetting(f"{path} is not valid YAML: {error}") from None
+    unknown = set(given) - {name for name, _, _ in SETTINGS}
+    if unknown:
+        raise BadSetting(f"{path} has unknown settings: {', '.join(sorted(unknown))}.")
+    return given
+
+
+def _typed(name: str, value):
+    kind = type(_default(name))
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise BadSetting(f"{name} must be a {kind.__name__}, not {value!r}.") from None
+
+
+def create_app(settings: dict) -> APIFlask:
+    """Open the data directory and wire the hub together; starts nothing."""
+    data = Path(settings["data"])
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    models.open_db(data / "hub.db")
+    auth.use_secret(data / "secret")
+    sessions.use_logs(models.LogStore(data / "logs.db"))
+    sessions.HEARTBEAT_S = settings["heartbeat_s"]
+    sessions.LOST_AFTER_S = settings["lost_after_s"]
+    auth.REGISTRATION_S = settings["registration_s"]
+    sessions.begin()
+    sockets.links.reset()
+    sockets.profiles.load(HERE / "profiles")
+
+    app = APIFlask("orchestratia", title="Orchestratia", version=api.VERSION, docs_path=None)
+    app.root_path = str(HERE)
+    app.config["HUB"] = settings
+    app.config["MAX_CONTENT_LENGTH"] = int(settings["max_body_mb"] * 1_000_000)
+    web.init_app(app)
+    app.register_blueprint(api.bp, url_prefix="/api/v1")
+    app.register_blueprint(api.work, url_prefix="/api/v1")
+    app.register_blueprint(api.work, url_prefix="/api/v1/server", name="work_on_server")
+    app.register_blueprint(sockets.bp, url_prefix="/api/v1")
+    app.register_blueprint(pages.bp)
+    return app
+
+
+def jobs(settings: dict):
+    """(name, seconds between runs, function) of what the hub does by itself."""
+    return (
+        ("silence", settings["tick_s"], lambda: _silence(settings)),
+        ("due", settings["due_s"], lambda: tasks.due(time.time())),
+        ("settle", settings["due_s"], lambda: _settle(settings)),
+        ("tokens", 3600, lambda: auth.forget_expired(time.time())),
+    )
+
+
+def _silence(settings: dict) -> None:
+    sockets.notice_silence(settings["poll_silence_s"])
+    sessions.notice_silence(settings["offline_after_s"])
+    sessions.release_lost(time.time(), settings["lost_after_s"])
+    sessions.save_heartbeats()
+
+
+def _settle(settings: dict) -> None:
+    sessions.settle_recovering(time.time(), settings["grace_s"])
+
+
+def start_jobs(settings: dict) -> BackgroundScheduler:
+    scheduler = BackgroundScheduler(
+        timezone=UTC,
+        job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": 60},
+    )
+    scheduler.add_listener(
+        lambda event: log.error("job %s failed", event.job_id, exc_info=event.exception),
+        EVENT_JOB_ERROR,
+    )
+    for name, seconds, function in jobs(settings):
+        scheduler.add_job(function, "interval", seconds=seconds, id=name, replace_existing=True)
+    scheduler.start()
+    return scheduler
+
+
+def listener(host: str, port: int) -> socket.socket:
+    """A listening socket without Nagle's delay. Raises OSError when the address is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.bind((host, port))
+    sock.listen(1024)
+    return sock
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hub.py", description="The Orchestratia hub. Settings also come from the environment "
+        "(ORCHESTRATIA_PORT …) and from hub.yaml in the data directory."
+    )  # fmt: skip
+    for name, default, text in SETTINGS:
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", dest=name, metavar="X", help=f"{text} ({default!r})"
+        )
+    parser.add_argument("--login-link", action="store_true", help="print a one-time login link")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = vars(_parser().parse_args(argv))
+    only_link = flags.pop("login_link")
+    try:
+        settings = read_settings(flags)
+    except BadSetting as error:
+        print(f"hub.py: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=settings["log_level"], format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("apscheduler").setLevel(logging.WARNING)
+    return print_login_link(settings) if only_link else serve(settings)
+
+
+def print_login_link(settings: dict) -> int:
+    """Make a login link beside a running hub: whoever can read its data directory may sign in."""
+    create_app(settings)
+    url = settings["url"] or f"http://{settings['host']}:{settings['port']}"
+    print(f"{url}/login?token={auth.login_link()}")
+    models.close_db()
+    return 0
+
+
+def serve(settings: dict) -> int:
+    import gevent
+    from gevent.pywsgi import WSGIServer
+
+    try:
+        sock = listener(settings["host"], settings["port"])
+    except OSError as error:
+        print(
+            f"hub.py: cannot listen on {settings['host']}:{settings['port']}: {error.strerror}. "
+            "Is another hub running? Choose another --port.",
+            file=sys.stderr,
+        )
+        return 1
+    settings["port"] = sock.getsockname()[1]
+    settings["url"] = (settings["url"] or f"http://{settings['host']}:{settings['port']}").rstrip(
+        "/"
+    )
+    app = create_app(settings)
+    _welcome(settings)
+    scheduler = start_jobs(settings)
+    server = WSGIServer(sock, app, log=None, error_log=log)
+    stop = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        gevent.signal_handler(name, stop.set)
+    server.start()
+    stop.wait()
+    log.info("stopping")
+    scheduler.shutdown(wait=False)
+    models.bus.close()
+    server.stop(timeout=2)
+    sessions.save_heartbeats()
+    models.close_db()
+    return 0
+
+
+def _welcome(settings: dict) -> None:
+    """Say where the hub is, and on the first start how to sign in."""
+    password = os.environ.get("ORCHESTRATIA_ADMIN_PASSWORD")
+    link = auth.first_admin(password)
+    print(f"Orchestratia hub on {settings['url']}", flush=True)
+    if link:
+        print(f"Sign in (once, within the hour): {settings['url']}/login?token={link}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

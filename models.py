@@ -1,0 +1,596 @@
+"""The tables, the connection, the one transaction.
+
+Reads go anywhere; writes only inside `transaction()`, which holds a process-wide lock, collects
+the events of the use case, stores them with its changes and publishes them after the commit.
+
+Times are seconds since the epoch (float, UTC) in the tables; `iso()` writes them for people.
+"""
+
+import json
+import logging
+import os
+import sqlite3
+import sys
+import threading
+import time
+import uuid
+import weakref
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from peewee import (
+    AutoField,
+    BooleanField,
+    CompositeKey,
+    DatabaseProxy,
+    FloatField,
+    IntegerField,
+    JSONField,
+    Model,
+    SqliteDatabase,
+    TextField,
+)
+from playhouse import migrations
+
+import bus as bus_module
+
+log = logging.getLogger("orchestratia.models")
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+LOCK_PATIENCE_S = 5.0  # how long a write waits for its turn before it is refused with 503
+MAX_PARAMETERS = 30_000  # SQLite allows 32,766 in a statement
+
+db = DatabaseProxy()
+bus = bus_module.Bus()
+_write_lock = threading.Lock()
+_local = threading.local()
+
+
+# ── refusals ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Refused(Exception):
+    """A request that is not carried out; `str(error)` is one sentence: state, cause, remedy.
+
+    Refused
+    ├── Unauthorised  401  no or no valid credential
+    ├── Forbidden     403  known, but not allowed
+    ├── NotFound      404  not there, or not visible to the caller
+    ├── Conflict      409  the present state does not allow it
+    ├── Invalid       422  the request itself is wrong
+    ├── TooMany       429  slow down
+    └── Busy          503  the database could not be written in time; nothing was changed
+    """
+
+    status, code = 400, "refused"
+
+    def __init__(self, sentence: str, code: str | None = None, **fields):
+        super().__init__(sentence)
+        self.code = code or self.code
+        self.fields = fields
+
+
+class Unauthorised(Refused):
+    status, code = 401, "unauthorised"
+
+
+class Forbidden(Refused):
+    status, code = 403, "forbidden"
+
+
+class NotFound(Refused):
+    status, code = 404, "not_found"
+
+
+class Conflict(Refused):
+    status, code = 409, "conflict"
+
+
+class Invalid(Refused):
+    status, code = 422, "invalid"
+
+
+class TooMany(Refused):
+    status, code = 429, "too_many"
+
+
+class Busy(Refused):
+    status, code = 503, "busy"
+
+
+# ── connection ────────────────────────────────────────────────────────────────────────────────
+
+
+def _patched() -> bool:
+    """Whether gevent has replaced the standard threads, so that all run in one OS thread."""
+    monkey = sys.modules.get("gevent.monkey")
+    return bool(monkey and monkey.is_module_patched("threading"))
+
+
+class HubDatabase(SqliteDatabase):
+    """One write connection, used only inside `transaction()`; readers beside it that see commits.
+
+    Under gevent all greenlets share one reader; with real threads each has its own.
+    """
+
+    def __init__(self, path: str):
+        super().__init__(path, autoconnect=False)
+        self._readers = weakref.WeakSet()
+        self._mine = _Shared() if _patched() else threading.local()
+        self.writer = self._open("PRAGMA synchronous=FULL", "PRAGMA foreign_keys=1")
+
+    def _open(self, *pragmas: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.database,
+            timeout=0,
+            isolation_level=None,
+            check_same_thread=False,
+            factory=_Connection,
+        )
+        for pragma in ("PRAGMA journal_mode=WAL", *pragmas):
+            connection.execute(pragma)
+        return connection
+
+    def connection(self):
+        if getattr(_local, "transaction", None):
+            return self.writer
+        reader = getattr(self._mine, "reader", None)
+        if reader is None:
+            reader = self._mine.reader = self._open("PRAGMA query_only=1", "PRAGMA busy_timeout=0")
+            self._readers.add(reader)
+        return reader
+
+    def cursor(self, named_cursor=None):
+        return self.connection().cursor()
+
+    def is_closed(self):
+        return not hasattr(self, "writer")
+
+    def close(self):
+        for connection in (*self._readers, self.writer):
+            connection.close()
+
+
+class _Connection(sqlite3.Connection):
+    """A connection that a WeakSet can hold and that closes itself with its thread."""
+
+    def __del__(self):
+        self.close()
+
+
+class _Shared:
+    reader = None
+
+
+def open_db(path: str | os.PathLike) -> HubDatabase:
+    """Bring the SQLite file at `path` to the newest schema and use it from now on.
+
+    Raises peewee's OperationalError when the file cannot be opened or a migration fails; the file
+    is then as it was.
+    """
+    plain = SqliteDatabase(str(path), pragmas={"journal_mode": "wal", "synchronous": "full"})
+    plain.connect()
+    try:
+        for name in migrations.run(plain, str(MIGRATIONS)) or ():
+            log.info("migrated: %s", name)
+    finally:
+        plain.close()
+    database = HubDatabase(str(path))
+    db.initialize(database)
+    return database
+
+
+def close_db() -> None:
+    db.obj.close()
+
+
+# ── reading and writing ───────────────────────────────────────────────────────────────────────
+
+
+def execute(sql: str, params=()) -> sqlite3.Cursor:
+    """Run one statement on the connection that is right here; returns its cursor."""
+    return db.execute_sql(sql, params)
+
+
+def rows(sql: str, params=()) -> list[dict]:
+    """All rows of a query as dictionaries."""
+    cursor = db.execute_sql(sql, params)
+    names = [d[0] for d in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def one(sql: str, params=()) -> dict | None:
+    """The first row of a query as a dictionary, or None."""
+    found = rows(sql, params)
+    return found[0] if found else None
+
+
+def in_chunks(values: list, size: int = 500):
+    """`values` in slices of at most `size`, each with its `(?, ?, …)`."""
+    for start in range(0, len(values), size):
+        part = values[start : start + size]
+        yield part, f"({', '.join('?' * len(part))})"
+
+
+def insert_many(table: str, columns: tuple[str, ...], values: list[tuple]) -> None:
+    """Insert rows of equal shape in as few statements as SQLite allows."""
+    size = MAX_PARAMETERS // len(columns)
+    for start in range(0, len(values), size):
+        part = values[start : start + size]
+        marks = ", ".join([f"({', '.join('?' * len(columns))})"] * len(part))
+        execute(
+            f"INSERT INTO {table} ({', '.join(columns)}) VALUES {marks}",
+            [v for row in part for v in row],
+        )
+
+
+def dumps(value) -> str:
+    """JSON as it is stored: compact, sorted, no NaN; equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def loads(text: str | None, default=None):
+    return default if text is None else json.loads(text)
+
+
+def epoch() -> str:
+    """The id of this database: new after a restore, so that agents know old command ids apart."""
+    return one("SELECT value FROM meta WHERE key = 'hub_epoch'")["value"]
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def iso(at: float | None) -> str | None:
+    """Seconds since the epoch as ISO 8601 in UTC with milliseconds."""
+    if at is None:
+        return None
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+# ── the transaction ───────────────────────────────────────────────────────────────────────────
+
+EVENT_COLUMNS = (
+    "project_id",
+    "type",
+    "task_id",
+    "cause_id",
+    "session_id",
+    "server_id",
+    "actor",
+    "details",
+    "at",
+)
+
+
+class Transaction:
+    """What one use case has to say once it is committed."""
+
+    def __init__(self):
+        self.now = time.time()
+        self.events: list[tuple] = []
+        self.messages: list[tuple[str, object]] = []
+
+    def emit(
+        self, type: str, project_id, actor: str, details=None, *, task=None, cause=None,
+        session=None, server=None,
+    ) -> None:  # fmt: skip
+        """Append an event; ids are given at commit, in the order of the calls."""
+        self.events.append(
+            (project_id, type, task, cause, session, server, actor, dumps(details or {}), self.now)
+        )
+
+    def tell(self, topic: str, message=None) -> None:
+        """Publish `message` on `topic` of the bus after the commit."""
+        self.messages.append((topic, message))
+
+
+@contextmanager
+def transaction():
+    """Begin, or join as a savepoint, the transaction of this use case; yields a Transaction.
+
+    On success the events are stored and committed with the changes and then published; on an
+    exception everything of this block is undone and nothing published. Raises Busy when the write
+    lock cannot be had within LOCK_PATIENCE_S.
+    """
+    outer = getattr(_local, "transaction", None)
+    if outer is not None:
+        with _savepoint(outer):
+            yield outer
+        return
+    if not _write_lock.acquire(timeout=LOCK_PATIENCE_S):
+        raise Busy("The database is busy; try again in a moment.")
+    try:
+        tx = _begin()
+        try:
+            yield tx
+            published = _store_events(tx)
+            execute("COMMIT")
+        except BaseException:
+            db.obj.writer.rollback()
+            raise
+        finally:
+            _local.transaction = None
+    finally:
+        _write_lock.release()
+    _publish(published, tx.messages)
+
+
+def _begin() -> Transaction:
+    writer, deadline = db.obj.writer, time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            writer.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            # another process holds the file; waiting inside SQLite would stop every greenlet
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise Busy("The database is busy; try again in a moment.") from error
+            time.sleep(0.01)
+        else:
+            _local.transaction = Transaction()
+            return _local.transaction
+
+
+@contextmanager
+def _savepoint(tx: Transaction):
+    name = f"s{len(tx.events)}_{len(tx.messages)}"
+    marks = len(tx.events), len(tx.messages)
+    execute(f"SAVEPOINT {name}")
+    try:
+        yield
+    except BaseException:
+        execute(f"ROLLBACK TO {name}")
+        execute(f"RELEASE {name}")
+        del tx.events[marks[0] :], tx.messages[marks[1] :]
+        raise
+    execute(f"RELEASE {name}")
+
+
+def _store_events(tx: Transaction) -> list[dict]:
+    """Insert the events of `tx`; return them as published: with id and the id before it."""
+    if not tx.events:
+        return []
+    last = execute("SELECT seq FROM sqlite_sequence WHERE name = 'event'").fetchone()
+    first = (last[0] if last else 0) + 1
+    insert_many("event", EVENT_COLUMNS, tx.events)
+    return [
+        event_json({"id": first + n, **dict(zip(EVENT_COLUMNS, event, strict=True))})
+        for n, event in enumerate(tx.events)
+    ]
+
+
+def event_json(row: dict) -> dict:
+    """A stored event as clients see it. `prev` is the id before it: a gap means look it up."""
+    return {
+        "id": row["id"],
+        "prev": row["id"] - 1,
+        "type": row["type"],
+        "project_id": row["project_id"],
+        "task_id": row["task_id"],
+        "cause_task_id": row["cause_id"],
+        "session_id": row["session_id"],
+        "server_id": row["server_id"],
+        "actor": row["actor"],
+        "details": json.loads(row["details"]),
+        "at": iso(row["at"]),
+    }
+
+
+def _publish(events: list[dict], messages: list[tuple[str, object]]) -> None:
+    """Hand committed events to whoever listens; a listener's failure never undoes the deed."""
+    try:
+        for event in events:
+            bus.publish("events", event)
+        for topic, message in messages:
+            bus.publish(topic, message)
+    except Exception:
+        log.exception("publishing failed; readers will find the events in the table")
+
+
+# ── tables ────────────────────────────────────────────────────────────────────────────────────
+# Declared here for reading and for changes off the hot path; migrations/ makes them.
+
+
+class Table(Model):
+    class Meta:
+        database = db
+        legacy_table_names = False
+
+
+class Meta_(Table):
+    key = TextField(primary_key=True)
+    value = TextField()
+
+    class Meta:
+        table_name = "meta"
+
+
+class User(Table):
+    id = TextField(primary_key=True, default=new_id)
+    username = TextField()
+    password_hash = TextField(null=True)
+    is_admin = BooleanField(default=False)
+    disabled = BooleanField(default=False)
+    created_at = FloatField(default=time.time)
+
+
+class Project(Table):
+    id = TextField(primary_key=True, default=new_id)
+    name = TextField()
+    profile = TextField(default="command")
+    settings = JSONField(default=dict)
+    created_at = FloatField(default=time.time)
+
+
+class Membership(Table):
+    user_id = TextField()
+    project_id = TextField()
+    role = TextField()
+
+    class Meta:
+        primary_key = CompositeKey("user_id", "project_id")
+
+
+class Token(Table):
+    id = TextField(primary_key=True, default=new_id)
+    user_id = TextField()
+    kind = TextField()
+    hash = TextField()
+    created_at = FloatField(default=time.time)
+    expires_at = FloatField()
+    used_at = FloatField(null=True)
+
+
+class Registration(Table):
+    id = TextField(primary_key=True, default=new_id)
+    project_id = TextField()
+    hash = TextField()
+    note = TextField(null=True)
+    created_by = TextField()
+    created_at = FloatField(default=time.time)
+    expires_at = FloatField()
+    used_at = FloatField(null=True)
+    server_id = TextField(null=True)
+
+
+class Server(Table):
+    id = TextField(primary_key=True, default=new_id)
+    project_id = TextField()
+    name = TextField()
+    hostname = TextField(default="")
+    os = TextField(default="")
+    key_hash = TextField(null=True)
+    machine_id = TextField(default="")
+    online = BooleanField(default=False)
+    draining = BooleanField(default=False)
+    revoked = BooleanField(default=False)
+    manual = BooleanField(default=False)
+    repos = JSONField(default=dict)
+    languages = JSONField(null=True)
+    frameworks = JSONField(null=True)
+    capabilities = JSONField(null=True)
+    declared = JSONField(default=dict)
+    profiles = JSONField(default=dict)
+    slots = IntegerField(default=1)
+    busy = IntegerField(default=0)
+    info = JSONField(default=dict)
+    agent_version = TextField(default="")
+    instance = TextField(default="")
+    spool_id = TextField(default="")
+    spool_upto = IntegerField(default=0)
+    last_seen = FloatField(null=True)
+    offline_at = FloatField(null=True)
+    created_at = FloatField(default=time.time)
+
+
+class Session(Table):
+    seq = AutoField()
+    id = TextField(default=new_id)
+    project_id = TextField()
+    server_id = TextField()
+    task_id = TextField(null=True)
+    attempt = IntegerField(null=True)
+    name = TextField()
+    role = TextField(default="plain")
+    profile = TextField(null=True)
+    command = JSONField(null=True)
+    state = TextField(default="starting")
+    activity = TextField(default="working")
+    reason = TextField(null=True)
+    tmux_name = TextField()
+    pid = IntegerField(null=True)
+    exit_code = IntegerField(null=True)
+    error = TextField(null=True)
+    working_directory = TextField(null=True)
+    repo = TextField(null=True)
+    cols = IntegerField(default=120)
+    rows = IntegerField(default=40)
+    log_start = IntegerField(default=0)
+    log_end = IntegerField(default=0)
+    created_by = TextField()
+    created_at = FloatField(default=time.time)
+    started_at = FloatField(null=True)
+    closed_at = FloatField(null=True)
+    state_at = FloatField(default=time.time)
+
+
+class Pipeline(Table):
+    seq = AutoField()
+    id = TextField(default=new_id)
+    project_id = TextField()
+    name = TextField()
+    id_map = JSONField()
+    created_by = TextField()
+    created_at = FloatField(default=time.time)
+
+
+# The session log has its own file and its own lock: blocks never wait for a cascade.
+
+
+class LogStore:
+    """Session logs in a SQLite file of their own, in blocks as they came."""
+
+    def __init__(self, path: str | os.PathLike):
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)
+        for statement in (
+            "PRAGMA journal_mode=WAL",
+            "PRAGMA synchronous=FULL",
+            "CREATE TABLE IF NOT EXISTS block (session_id TEXT NOT NULL, offset INTEGER NOT NULL,"
+            " size INTEGER NOT NULL, data BLOB NOT NULL, at REAL NOT NULL,"
+            " PRIMARY KEY (session_id, offset))",
+        ):
+            self._db.execute(statement)
+
+    def end(self, session_id: str) -> int:
+        """The offset behind the last stored byte; 0 when nothing is stored."""
+        with self._lock:
+            return self._end(session_id)
+
+    def _end(self, session_id: str) -> int:
+        row = self._db.execute(
+            "SELECT offset + size FROM block WHERE session_id = ? ORDER BY offset DESC LIMIT 1",
+            (session_id,),
+        ).fetchone()
+        return row[0] if row else 0
+
+    def append(self, session_id: str, offset: int, data: bytes, at: float) -> int:
+        """Store `data` if it touches the stored end; return the end as it is then.
+
+        What begins before the end is cut; what begins after it is not stored.
+        """
+        with self._lock:
+            end = self._end(session_id)
+            fresh = data[end - offset :] if 0 <= end - offset < len(data) else b""
+            if fresh:
+                self._db.execute(
+                    "INSERT INTO block VALUES (?, ?, ?, ?, ?)",
+                    (session_id, end, len(fresh), fresh, at),
+                )
+            return end + len(fresh)
+
+    def read(self, session_id: str, offset: int, limit: int) -> tuple[bytes, int]:
+        """At most about `limit` bytes from `offset` on, and the offset that follows them."""
+        pieces, at = [], offset
+        with self._lock:
+            found = self._db.execute(
+                "SELECT offset, size, data FROM block WHERE session_id = ? AND offset >="
+                " COALESCE((SELECT MAX(offset) FROM block WHERE session_id = ? AND offset <= ?), 0)"
+                " ORDER BY offset",
+                (session_id, session_id, offset),
+            )
+            for start, size, data in found:
+                if start + size <= at:
+                    continue
+                piece = data[max(0, at - start) :]
+                pieces.append(piece)
+                at = start + size
+                if at - offset >= limit:
+                    break
+        return b"".join(pieces), at
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()

@@ -1,0 +1,401 @@
+"""What is shown of tasks, pipelines and events: queries, no changes."""
+
+from collections import defaultdict
+
+import cascade
+import routing
+from auth import Caller, can, find
+from models import Invalid, event_json, execute, in_chunks, iso, loads, one, rows
+
+PRIORITIES = ("low", "normal", "high", "critical")
+CLOCKS = ("queue_timeout", "start_timeout", "progress_timeout", "timeout")
+LIST_LIMIT, LIST_MOST = 200, 1000
+
+
+def list_tasks(
+    project_ids: list[str],
+    *,
+    status: str | None = None,
+    q: str | None = None,
+    server_id: str | None = None,
+    pipeline_id: str | None = None,
+    limit: int = LIST_LIMIT,
+    cursor: int | None = None,
+) -> tuple[list[dict], int | None]:
+    """(rows newest first, cursor of the next page or None).
+
+    status: a state, or several with commas between. Raises Invalid for an unknown one.
+    """
+    where, values = ["1 = 1"], []
+    marks = ", ".join("?" * len(project_ids))
+    where.append(f"project_id IN ({marks})")
+    values += project_ids
+    if status:
+        states = [s.strip() for s in status.split(",")]
+        unknown = [s for s in states if s not in cascade.STATES]
+        if unknown:
+            raise Invalid(f"Unknown status {unknown[0]!r}: use one of {', '.join(cascade.STATES)}.")
+        where.append(f"status IN ({', '.join('?' * len(states))})")
+        values += states
+    if q:
+        where.append("(title LIKE ? ESCAPE '\\' OR spec LIKE ? ESCAPE '\\')")
+        like = "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
+        values += [like, like]
+    for column, value in (("server_id", server_id), ("pipeline_id", pipeline_id)):
+        if value:
+            where.append(f"{column} = ?")
+            values.append(value)
+    if cursor is not None:
+        where.append("seq < ?")
+        values.append(cursor)
+    size = max(1, min(limit, LIST_MOST))
+    found = rows(
+        f"SELECT * FROM task WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?",
+        [*values, size + 1],
+    )
+    more = len(found) > size
+    return found[:size], found[size - 1]["seq"] if more else None
+
+
+def reason(task: dict) -> str | None:
+    """Why a pending task is not being worked on, as one sentence without the full stop."""
+    if task["status"] != "pending":
+        return None
+    if task["open_deps"]:
+        return _why_blocked(task["id"])
+    if task["not_before"] is not None:
+        return f"will be tried again at {iso(task['not_before'])}"
+    if task["waiting_since"] is not None:
+        return cascade.why_waiting(
+            routing.wanted(task),
+            cascade.rank(routing.wanted(task), routing.servers_of(task["project_id"])),
+        )
+    return "not assigned: nobody has asked to place it yet; assign it"
+
+
+def _why_blocked(task_id: str) -> str:
+    waits = blocked_by(task_id)
+    parts = []
+    for up in waits[:5]:
+        if up["status"] == "done":
+            parts.append(f"{up['title']} (done, but without contract {up['contract_key']!r})")
+        else:
+            parts.append(f"{up['title']} ({up['status']})")
+    more = f" and {len(waits) - 5} more" if len(waits) > 5 else ""
+    return f"waits for {', '.join(parts)}{more}"
+
+
+def blocked_by(task_id: str) -> list[dict]:
+    """What the task still waits for."""
+    return [
+        {
+            "task_id": row["id"],
+            "title": row["title"],
+            "status": row["status"],
+            "dependency_type": row["kind"],
+            "contract_key": row["key"] or None,
+        }
+        for row in rows(
+            "SELECT d.kind, d.key, u.id, u.title, u.status FROM dependency d"
+            " JOIN task u ON u.id = d.upstream_id"
+            " WHERE d.task_id = ? AND d.resolved = 0 AND d.kind <> 'related' ORDER BY d.id",
+            (task_id,),
+        )
+    ]
+
+
+def server_name(task: dict) -> str | None:
+    found = task["server_id"] and one("SELECT name FROM server WHERE id = ?", (task["server_id"],))
+    return found["name"] if found else None
+
+
+def explain(caller: Caller, ref: str) -> dict:
+    """Why the task is where it is: blockers, each server's score or reasons, who was chosen."""
+    task = find("task", caller, ref)
+    chosen = one(
+        "SELECT * FROM event WHERE task_id = ? AND type IN ('task_assigned', 'task_auto_assigned')"
+        " ORDER BY id DESC LIMIT 1",
+        (task["id"],),
+    )
+    if task["status"] == "pending":
+        candidates = routing.explained(
+            cascade.rank(routing.wanted(task), routing.servers_of(task["project_id"]))
+        )
+        summary = f"{task['title']} is {shown_status(task)}: {reason(task)}."
+        return _explanation(task, summary, candidates, None, None)
+    details = loads(chosen["details"]) if chosen else {}
+    at = iso(chosen["at"]) if chosen else None
+    how = "scored best" if "score" in details else "was chosen by hand"
+    summary = f"{task['title']} is {task['status']}"
+    if details.get("agent"):
+        points = f" ({details['score']} points)" if "score" in details else ""
+        summary += f": {details['agent']} {how}{points}"
+    return _explanation(
+        task, summary + ".", details.get("candidates", []), details.get("agent"), at
+    )
+
+
+def _explanation(task, summary, candidates, chosen, at) -> dict:
+    return {
+        "task_id": task["id"],
+        "status": task["status"],
+        "summary": summary,
+        "blocked_by": blocked_by(task["id"]),
+        "candidates": candidates,
+        "chosen": chosen,
+        "at": at,
+    }
+
+
+def shown_status(task: dict) -> str:
+    """The state for people: a pending task is blocked, ready or not assigned."""
+    if task["status"] != "pending":
+        return task["status"]
+    if task["open_deps"]:
+        return "blocked"
+    waits = task["waiting_since"] is not None or task["not_before"] is not None
+    return "ready" if waits else "not assigned"
+
+
+def timeline(caller: Caller, ref: str) -> list[dict]:
+    """Every event of the task and those its completion caused, oldest first."""
+    task = find("task", caller, ref)
+    return [
+        event_json(row)
+        for row in rows(
+            "SELECT * FROM event WHERE task_id = ? UNION SELECT * FROM event WHERE cause_id = ?"
+            " ORDER BY id",
+            (task["id"], task["id"]),
+        )
+    ]
+
+
+def contracts(caller: Caller, ref: str) -> list[dict]:
+    """What the task owes and has delivered: [{key, status, schema, description, data, …}]."""
+    task = find("task", caller, ref)
+    return _contracts([task])[task["id"]]
+
+
+def _contracts(tasks: list[dict]) -> dict[str, list[dict]]:
+    stored, awaited = defaultdict(dict), defaultdict(set)
+    for part, marks in in_chunks([t["id"] for t in tasks]):
+        for row in rows(f"SELECT * FROM contract WHERE task_id IN {marks}", part):
+            stored[row["task_id"]][row["key"]] = row
+        for upstream, key in execute(
+            "SELECT DISTINCT upstream_id, key FROM dependency"
+            f" WHERE kind = 'input' AND upstream_id IN {marks}",
+            part,
+        ):
+            awaited[upstream].add(key)
+    listed = {}
+    for task in tasks:
+        declared = (loads(task["structured_spec"]) or {}).get("expected_contracts") or {}
+        keys = sorted({*declared, *awaited[task["id"]], *stored[task["id"]]})
+        listed[task["id"]] = [
+            _contract_json(key, declared.get(key, {}), stored[task["id"]].get(key)) for key in keys
+        ]
+    return listed
+
+
+def _contract_json(key: str, declared: dict, row: dict | None) -> dict:
+    return {
+        "key": key,
+        "status": "fulfilled" if row else "expected",
+        "type": declared.get("type"),
+        "description": declared.get("description"),
+        "schema": declared.get("schema"),
+        "data": loads(row["data"]) if row else None,
+        "updated_at": iso(row["at"]) if row else None,
+        "by": row["author"] if row else None,
+    }
+
+
+def tasks_json(tasks: list[dict]) -> list[dict]:
+    """Task rows as the API shows them, with a fixed number of queries for any number of tasks."""
+    ids = [t["id"] for t in tasks]
+    deps, names = _dependencies(ids), _names(tasks)
+    produced = _contracts(tasks)
+    reasons = {}
+    shown = []
+    for task in tasks:
+        waits = task["waiting_since"] is not None
+        key = (task["project_id"], task["signature"]) if waits else task["id"]
+        if key not in reasons:
+            reasons[key] = reason(task)
+        shown.append(_one_json(task, deps[task["id"]], produced[task["id"]], names, reasons[key]))
+    return shown
+
+
+def task_json(task: dict) -> dict:
+    return tasks_json([task])[0]
+
+
+def _dependencies(ids: list[str]) -> dict[str, list[dict]]:
+    found = defaultdict(list)
+    for part, marks in in_chunks(ids):
+        for row in rows(
+            "SELECT d.*, u.title, u.status FROM dependency d JOIN task u ON u.id = d.upstream_id"
+            f" WHERE d.task_id IN {marks} ORDER BY d.id",
+            part,
+        ):
+            found[row["task_id"]].append(
+                {
+                    "depends_on_task_id": row["upstream_id"],
+                    "depends_on_title": row["title"],
+                    "depends_on_status": row["status"],
+                    "dependency_type": row["kind"],
+                    "contract_key": row["key"] or None,
+                    "resolved": bool(row["resolved"]),
+                }
+            )
+    return found
+
+
+def _names(tasks: list[dict]) -> dict[str, str]:
+    """{id: name} of the servers and sessions the tasks mention."""
+    wanted_ids = {
+        "server": {t[c] for t in tasks for c in ("server_id", "pinned_server") if t[c]},
+        "session": {t[c] for t in tasks for c in ("session_id", "source_session_id") if t[c]},
+    }
+    known = {}
+    for table, ids in wanted_ids.items():
+        for part, marks in in_chunks(sorted(ids)):
+            known |= dict(
+                execute(f"SELECT id, name FROM {table} WHERE id IN {marks}", part).fetchall()
+            )
+    return known
+
+
+def _one_json(task: dict, deps, produced, names, why) -> dict:
+    requirements = loads(task["requirements"])
+    assignee = task["server_id"] or task["pinned_server"]
+    return {
+        "id": task["id"],
+        "title": task["title"],
+        "status": task["status"],
+        "shown_status": shown_status(task),
+        "priority": PRIORITIES[task["priority"]],
+        "type": task["type"],
+        "spec": task["spec"],
+        "structured_spec": _whole_spec(task, requirements),
+        "acceptance_criteria": loads(task["acceptance_criteria"]),
+        "target_repo": requirements.get("repo"),
+        "target_branch": task["target_branch"],
+        "requirements": requirements,
+        "assigned_server_id": assignee,
+        "assigned_server_name": names.get(assignee),
+        "session_id": task["session_id"],
+        "source_session_id": task["source_session_id"],
+        "source_session_name": names.get(task["source_session_id"]),
+        "target_session_name": names.get(task["session_id"]),
+        "dependencies": deps,
+        "resolved_inputs": loads(task["resolved_inputs"], {}),
+        "contracts": {c["key"]: {"status": c["status"], "data": c["data"]} for c in produced},
+        "attempt": task["attempt"],
+        "blocked": task["status"] == "pending" and task["open_deps"] > 0,
+        "reason": why,
+        "pipeline_id": task["pipeline_id"],
+        "project_id": task["project_id"],
+        "profile": task["profile"],
+        "command": loads(task["command"]),
+        "auto_assign": bool(task["auto_assign"]),
+        "on_lost": task["on_lost"],
+        "max_attempts": task["max_attempts"],
+        "retry_delay_s": task["retry_delay_s"],
+        **{clock: task[clock] for clock in CLOCKS},
+        "require_plan": bool(task["require_plan"]),
+        "plan": loads(task["plan"]),
+        "plan_feedback": task["plan_feedback"],
+        "result": loads(task["result"]),
+        "git_diff_stats": loads(task["git_diff_stats"]),
+        "created_by": task["created_by"],
+        "created_at": iso(task["created_at"]),
+        "assigned_at": iso(task["assigned_at"]),
+        "started_at": iso(task["started_at"]),
+        "completed_at": iso(task["completed_at"]),
+        "updated_at": iso(task["updated_at"]),
+        "recent_notes": [],
+    }
+
+
+def _whole_spec(task: dict, requirements: dict) -> dict | None:
+    """The structured spec with the constraints that are stored as requirements."""
+    spec = loads(task["structured_spec"])
+    if spec is None:
+        return None
+    shared = {k: requirements[k] for k in ("languages", "frameworks") if requirements.get(k)}
+    if shared or spec.get("constraints"):
+        spec["constraints"] = (spec.get("constraints") or {}) | shared
+    return spec
+
+
+def pipeline_json(row: dict, *, with_tasks: bool = False) -> dict:
+    counts = dict(
+        execute(
+            "SELECT status, COUNT(*) FROM task WHERE pipeline_id = ? GROUP BY status", (row["id"],)
+        ).fetchall()
+    )
+    shown = {
+        "id": row["id"],
+        "name": row["name"],
+        "project_id": row["project_id"],
+        "created_by": row["created_by"],
+        "created_at": iso(row["created_at"]),
+        "counts": counts,
+        "total": sum(counts.values()),
+    }
+    if with_tasks:
+        found = rows("SELECT * FROM task WHERE pipeline_id = ? ORDER BY seq", (row["id"],))
+        shown |= {"id_map": loads(row["id_map"]), "tasks": tasks_json(found)}
+    return shown
+
+
+def get_pipeline(caller: Caller, ref: str) -> dict:
+    """A pipeline by id, unique prefix or name; of several with one name the newest."""
+    named = [
+        row
+        for row in rows("SELECT * FROM pipeline WHERE name = ? ORDER BY seq DESC LIMIT 20", (ref,))
+        if can(caller, "read", row["project_id"])
+    ]
+    return named[0] if named else find("pipeline", caller, ref)
+
+
+def list_pipelines(project_ids: list[str], limit: int = 100) -> list[dict]:
+    marks = ", ".join("?" * len(project_ids))
+    return rows(
+        f"SELECT * FROM pipeline WHERE project_id IN ({marks}) ORDER BY seq DESC LIMIT ?",
+        [*project_ids, limit],
+    )
+
+
+EVENTS_MOST = 1000
+
+
+def events(caller: Caller, after: int, *, project_ids: list[str], task_id=None, limit=200):
+    """Visible events with ids above `after`, oldest first; the hub's own for its admins only."""
+    where, values = ["id > ?"], [after]
+    if not caller.is_admin or project_ids:
+        marks = ", ".join("?" * len(project_ids))
+        hub = " OR project_id IS NULL" if caller.is_admin else ""
+        where.append(f"(project_id IN ({marks}){hub})")
+        values += project_ids
+    if task_id:
+        where.append("(task_id = ? OR cause_id = ?)")
+        values += [task_id, task_id]
+    size = max(1, min(limit, EVENTS_MOST))
+    found = rows(
+        f"SELECT * FROM event WHERE {' AND '.join(where)} ORDER BY id LIMIT ?", [*values, size]
+    )
+    return [event_json(row) for row in found]
+
+
+def last_event_id() -> int:
+    """The id of the newest event; 0 when there is none."""
+    return (one("SELECT MAX(id) AS id FROM event") or {})["id"] or 0
+
+
+def may_see(caller: Caller, event: dict) -> bool:
+    """Whether an event may be shown to the caller."""
+    if event["project_id"] is None:
+        return caller.is_admin
+    return can(caller, "read", event["project_id"])

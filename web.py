@@ -1,0 +1,209 @@
+"""What REST, pages and streams share: who calls, whether the request is their own, one shape for
+every error, the headers of every answer."""
+
+import json
+import logging
+from urllib.parse import urlsplit
+
+from apiflask.exceptions import HTTPError
+from flask import Request, current_app, g, render_template, request
+from flask.json.provider import DefaultJSONProvider
+from werkzeug.exceptions import BadRequest, HTTPException
+
+import auth
+import cascade
+from models import Forbidden, Refused, Unauthorised
+
+log = logging.getLogger("orchestratia.web")
+
+COOKIE = "orchestratia"
+SAFE = ("GET", "HEAD", "OPTIONS")
+STATUS = {
+    cascade.IllegalMove: 409,
+    cascade.Cycle: 409,
+    cascade.BadContract: 422,
+    cascade.RuleBroken: 422,
+}
+CSP = (
+    "default-src 'self'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+)
+
+
+class HubRequest(Request):
+    """Old clients send `Content-Type: application/json` with an empty body: that is an empty
+    object, not an error."""
+
+    def get_json(self, force=False, silent=False, cache=True):
+        if not self.get_data(cache=True):
+            return {}
+        return super().get_json(force=force, silent=silent, cache=cache)
+
+    def on_json_loading_failure(self, error):
+        why = f": {error}" if isinstance(error, ValueError) else ""
+        raise BadRequest(f"The request body is not valid JSON{why}. Send a JSON object.")
+
+
+class HubJSON(DefaultJSONProvider):
+    """JSON without NaN and Infinity in either direction."""
+
+    sort_keys = False
+    ensure_ascii = False
+
+    def loads(self, s, **kwargs):
+        return json.loads(s, parse_constant=_no_constant, **kwargs)
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is not JSON")
+
+
+# ── the caller ────────────────────────────────────────────────────────────────────────────────
+
+
+def caller() -> auth.Caller:
+    """Whoever makes this request. Raises Unauthorised."""
+    if "caller" not in g:
+        g.caller = _recognise()
+    return g.caller
+
+
+def _recognise() -> auth.Caller:
+    key = request.headers.get("X-API-Key")
+    if key:
+        return auth.by_key(key)
+    kind, _, token = request.headers.get("Authorization", "").partition(" ")
+    if kind.lower() == "bearer" and token:
+        return auth.by_key(token) if token.startswith(("orc_", "orcs_")) else auth.by_token(token)
+    cookie = request.cookies.get(COOKIE)
+    if cookie:
+        return auth.by_token(cookie)
+    raise Unauthorised(
+        "You are not signed in: send a token (Authorization: Bearer) or a key (X-API-Key)."
+    )
+
+
+def person_or_none() -> auth.Caller | None:
+    try:
+        return caller()
+    except Unauthorised:
+        return None
+
+
+def by_cookie() -> bool:
+    """Whether the browser's cookie alone identifies the caller, so that other sites could too."""
+    return not (request.headers.get("X-API-Key") or request.headers.get("Authorization"))
+
+
+def check_own() -> None:
+    """Refuse what another site makes a browser send. Raises Forbidden.
+
+    A request that changes something and names an Origin must name this hub's; one that relies on
+    the cookie must bring the CSRF token too. Streams and sockets are checked whatever the method.
+    """
+    origin = request.headers.get("Origin")
+    if origin is not None and not is_own_origin(origin):
+        raise Forbidden("This request comes from another site and was refused.", code="origin")
+    if request.method in SAFE or not by_cookie() or COOKIE not in request.cookies:
+        return
+    given = request.headers.get("X-CSRF-Token") or request.form.get("csrf_token")
+    if not auth.csrf_matches(caller(), given):
+        raise Forbidden("The form is out of date: reload the page and try again.", code="csrf")
+
+
+def is_own_origin(origin: str) -> bool:
+    """Whether `origin` is the address this hub was asked at, or the one it is known by."""
+    known = urlsplit(current_app.config["HUB"]["url"])
+    return origin in (
+        f"{request.scheme}://{request.host}",
+        f"{known.scheme}://{known.netloc}",
+    )
+
+
+def hub_url() -> str:
+    """The address agents and people reach this hub at."""
+    return current_app.config["HUB"]["url"]
+
+
+# ── errors ────────────────────────────────────────────────────────────────────────────────────
+
+
+def wants_json() -> bool:
+    return request.path.startswith(("/api", "/ws", "/openapi"))
+
+
+def answer(status: int, detail: str, code: str, fields: dict | None = None, headers=None):
+    """An error in the one shape: JSON under /api, a page or fragment elsewhere."""
+    if wants_json():
+        return {"detail": detail, "code": code, "fields": fields or {}}, status, headers or {}
+    if request.headers.get("HX-Request"):
+        return render_template("_error.html", detail=detail, code=code), status, headers or {}
+    page = render_template("error.html", detail=detail, code=code, status=status)
+    return page, status, headers or {}
+
+
+def _refused(error: Refused):
+    wait = error.fields.get("retry_after")
+    headers = {"Retry-After": str(wait)} if wait else {}
+    return answer(error.status, str(error), error.code, error.fields, headers)
+
+
+def _rule_broken(error: cascade.RuleBroken):
+    return answer(STATUS[type(error)], str(error), error.code, error.fields)
+
+
+def _http_error(error: HTTPException):
+    if 300 <= (error.code or 500) < 400:
+        return error
+    names = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+    sentences = {
+        404: f"There is nothing at {request.path}.",
+        405: f"{request.method} is not possible at {request.path}.",
+        413: "The request is too large for this hub.",
+    }
+    detail = sentences.get(error.code) or error.description or error.name
+    headers = {k: v for k, v in error.get_headers() if k in ("Allow", "Retry-After")}
+    return answer(error.code, detail, names.get(error.code, "bad_request"), headers=headers)
+
+
+def _invalid_request(error: HTTPError):
+    """APIFlask's own errors: mostly a body or query that breaks its model."""
+    fields = {}
+    for place in (error.detail or {}).values():
+        if isinstance(place, dict):
+            fields |= {name: messages for name, messages in place.items()}
+    if not fields:
+        return answer(error.status_code, error.message, "bad_request")
+    name, messages = next(iter(fields.items()))
+    where = "" if name.startswith("_") else f"{name}: "
+    return answer(422, f"{where}{messages[0]}.", "invalid", fields)
+
+
+def _broken(error: Exception):
+    log.exception("%s %s failed", request.method, request.path)
+    return answer(
+        500, "Something broke inside the hub; its log says what. Nothing was changed.", "internal"
+    )
+
+
+def _headers(response):
+    response.headers.setdefault("Content-Security-Policy", CSP)
+    response.headers.setdefault("X-Content-Type-Options", "nosniff")
+    response.headers.setdefault("Referrer-Policy", "same-origin")
+    response.headers.setdefault("X-Frame-Options", "DENY")
+    if not request.path.startswith("/static"):
+        response.headers.setdefault("Cache-Control", "no-store")
+    return response
+
+
+def init_app(app) -> None:
+    app.request_class = HubRequest
+    app.json = HubJSON(app)
+    app.url_map.strict_slashes = False
+    app.before_request(check_own)
+    app.after_request(_headers)
+    app.error_processor(_invalid_request)
+    app.register_error_handler(Refused, _refused)
+    app.register_error_handler(cascade.RuleBroken, _rule_broken)
+    app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(Exception, _broken)
