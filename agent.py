@@ -961,9 +961,14 @@ class Sessions:
         self._typing = collections.defaultdict(threading.Lock)
         self._sizes = {}  # session id: log size at the last look at a dead pane
         self._deadlines = {}  # session id: when a closing one is killed
+        self._hung_up = {}  # session id: how many programs were told to end
         self._mend_at = {}  # session id: earliest next mending of its pipe
         self._screens = {}  # session id: (size of log, lines, time) of the last screen
-        self.screen_due = {}  # session id: when to look although the interval is not over
+        self._screen_due = {}  # session id: when to look although the interval is not over
+        self._memories = (
+            *(self._sizes, self._deadlines, self._hung_up, self._mend_at),
+            *(self._screens, self._screen_due),
+        )
 
     # -- finding
 
@@ -1366,7 +1371,7 @@ class Sessions:
             frames = [self._outcome(session)] if self._owes_outcome(session) else []
             self.store.save(session, *frames, self._closed(session))
         self.tmux.kill_session(session.tmux_name)
-        for memory in (self._sizes, self._deadlines, self._mend_at, self._screens, self.screen_due):
+        for memory in self._memories:
             memory.pop(session.session_id, None)
         self.outgoing.wake.set()
         end = "is gone" if exit_code is None else f"ended with exit code {exit_code}"
@@ -1420,16 +1425,15 @@ class Sessions:
             self.store.save(session)
             grace = 0 if force else self.settings.close_grace_s
             self._deadlines[session.session_id] = time.monotonic() + grace
-        if not force:
-            signal_programs(session.pid, signal.SIGHUP)
-            # The first process passes over it, unless it has not come to start the program yet.
-            signal_process(session.pid, signal.SIGHUP)
 
     def _press(self, session, pane, now):
-        """Past its grace a closing session is killed, programs before the terminal."""
+        """Hang up a closing session once; past its grace kill it, programs before the terminal."""
         late = now - self._deadlines.setdefault(session.session_id, now)
         if late >= 0:
             signal_programs(pane.pid, signal.SIGKILL)
+        elif not self._hung_up.get(session.session_id):
+            # None are there yet if the session was closed while it was being started.
+            self._hung_up[session.session_id] = signal_programs(pane.pid, signal.SIGHUP)
         if late >= self.settings.close_grace_s:
             signal_process(pane.pid, signal.SIGKILL)
 
@@ -1455,7 +1459,7 @@ class Sessions:
     # -- screens
 
     def _look_soon(self, session):
-        self.screen_due[session.session_id] = time.monotonic() + self.settings.monitor_s
+        self._screen_due[session.session_id] = time.monotonic() + self.settings.monitor_s
 
     def send_screens(self, now):
         for session in self.live():
@@ -1463,8 +1467,8 @@ class Sessions:
                 self._send_screen(session, now)
 
     def _screen_wanted(self, session, now):
-        if now >= self.screen_due.get(session.session_id, now + 1):
-            self.screen_due.pop(session.session_id, None)
+        if now >= self._screen_due.get(session.session_id, now + 1):
+            self._screen_due.pop(session.session_id, None)
             return True
         size, _, at = self._screens.get(session.session_id, (0, None, now - self.settings.screen_s))
         return now - at >= self.settings.screen_s and self.log_size(session) != size
@@ -1584,12 +1588,21 @@ def exit_sentence(code):
 
 
 def signal_programs(leader, number):
-    """Signal every process of the terminal but its first, which stays to see the log out."""
+    """Signal every process of the terminal but its first, which stays to see the log out;
+    returns how many."""
     listed = subprocess.run(["ps", "-A", "-o", "pid="], capture_output=True, text=True, timeout=10)
-    for pid in map(int, listed.stdout.split()):
-        with contextlib.suppress(ProcessLookupError):
-            if pid != leader and os.getsid(pid) == leader:
-                signal_process(pid, number)
+    found = [pid for pid in map(int, listed.stdout.split()) if session_of(pid) == leader != pid]
+    for pid in found:
+        signal_process(pid, number)
+    return len(found)
+
+
+def session_of(pid):
+    """The id of the terminal session a process is in, None if it has ended."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def signal_process(pid, number):

@@ -290,6 +290,11 @@ def given(shape: BaseModel) -> dict:
     return shape.model_dump(exclude_unset=True)
 
 
+def changes(shape: BaseModel) -> dict:
+    """Just the fields the request has a value for."""
+    return {name: value for name, value in given(shape).items() if value is not None}
+
+
 def project_ids(project_id: str | None) -> list[str]:
     """The project named, or all the caller can see."""
     if project_id:
@@ -382,7 +387,7 @@ def get_project(ref):
 def change_project(ref, json_data: ProjectChange):
     """Change a project's name, default profile or settings (its admins)."""
     project = auth.pick_project(caller(), ref)
-    return project_json(auth.change_project(caller(), project["id"], given(json_data)))
+    return project_json(auth.change_project(caller(), project["id"], changes(json_data)))
 
 
 @bp.get("/users")
@@ -411,7 +416,7 @@ def get_user(ref):
 @bp.input(UserChange)
 def change_user(ref, json_data: UserChange):
     """Change password, roles, or whether the user may sign in (hub admins)."""
-    return auth.change_user(caller(), ref, given(json_data))
+    return auth.change_user(caller(), ref, changes(json_data))
 
 
 @bp.delete("/users/<ref>")
@@ -489,7 +494,7 @@ def get_server(ref):
 @bp.input(ServerChange)
 def change_server(ref, json_data: ServerChange):
     """Rename a server, declare what it can do, set its slots, or start workers by hand only."""
-    return sessions.server_json(sessions.change_server(caller(), ref, given(json_data)))
+    return sessions.server_json(sessions.change_server(caller(), ref, changes(json_data)))
 
 
 @bp.delete("/servers/<ref>")

@@ -118,10 +118,11 @@ def require(caller: Caller, action: str, project_id: str | None = None, what: st
     )
 
 
-def report_allowed(caller: Caller, task: dict) -> bool:
-    """Keys report on their own work only: a server's on its tasks, a session's on its task."""
+def report_allowed(caller: Caller, task: dict, server_id: str | None) -> bool:
+    """Keys report on their own work only: a server's on what is or was on it (`server_id`, of the
+    attempt reported on), a session's on its task."""
     if caller.kind == "server":
-        return task["server_id"] == caller.server_id
+        return server_id == caller.server_id
     if caller.kind == "session":
         return caller.session_id == task["session_id"] or caller.task_id == task["id"]
     return True
@@ -389,8 +390,8 @@ def first_admin(password: str | None) -> str | None:
     """Make the user `admin` if there is no user yet; without a password, return a login token."""
     if one("SELECT 1 FROM user LIMIT 1"):
         return None
+    hashed = hash_password(password) if password else None
     with transaction() as tx:
-        hashed = hash_password(password) if password else None
         admin = User.create(username="admin", password_hash=hashed, is_admin=True)
         tx.emit("user_created", None, "hub", {"username": "admin"})
         return None if password else issue(admin.id, "link")

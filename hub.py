@@ -18,7 +18,6 @@ import time
 from datetime import UTC
 from pathlib import Path
 
-import pages
 import yaml
 from apiflask import APIFlask
 from apscheduler.events import EVENT_JOB_ERROR
@@ -27,6 +26,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 import api
 import auth
 import models
+import pages
 import sessions
 import sockets
 import tasks

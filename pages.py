@@ -571,7 +571,7 @@ def session(ref):
     return show(
         "sessions/session.html",
         session=shown,
-        live=shown["status"] in cascade.SESSION_LIVE,
+        live_session=shown["status"] in cascade.SESSION_LIVE,
         may_watch=auth.can(person(), "session.watch", project_id),
         may_close=auth.can(person(), "session.close", project_id)
         and shown["status"] in cascade.SESSION_LIVE | {"lost"},

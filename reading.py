@@ -5,7 +5,7 @@ from collections import defaultdict
 import cascade
 import routing
 from auth import Caller, can, find
-from models import Invalid, event_json, execute, in_chunks, iso, loads, one, rows
+from models import Invalid, event_json, execute, in_chunks, iso, labels, loads, one, rows
 
 PRIORITIES = ("low", "normal", "high", "critical")
 CLOCKS = ("queue_timeout", "start_timeout", "progress_timeout", "timeout")
@@ -253,17 +253,9 @@ def _dependencies(ids: list[str]) -> dict[str, list[dict]]:
 
 def _names(tasks: list[dict]) -> dict[str, str]:
     """{id: name} of the servers and sessions the tasks mention."""
-    wanted_ids = {
-        "server": {t[c] for t in tasks for c in ("server_id", "pinned_server") if t[c]},
-        "session": {t[c] for t in tasks for c in ("session_id", "source_session_id") if t[c]},
-    }
-    known = {}
-    for table, ids in wanted_ids.items():
-        for part, marks in in_chunks(sorted(ids)):
-            known |= dict(
-                execute(f"SELECT id, name FROM {table} WHERE id IN {marks}", part).fetchall()
-            )
-    return known
+    servers = {t[c] for t in tasks for c in ("server_id", "pinned_server") if t[c]}
+    sessions = {t[c] for t in tasks for c in ("session_id", "source_session_id") if t[c]}
+    return labels("server", "name", servers) | labels("session", "name", sessions)
 
 
 def _one_json(task: dict, deps, produced, names, why) -> dict:

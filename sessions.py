@@ -32,6 +32,7 @@ from models import (
     execute,
     in_chunks,
     iso,
+    labels,
     loads,
     new_id,
     one,
@@ -68,6 +69,7 @@ def register(data: dict, address: str) -> dict:
         name = data["name"].strip()
         server = auth.renewable(project["id"], data.get("machine_id") or "", name)
         columns = _registered_columns(data, address) | {"key_hash": auth.digest(key)}
+        renewed = bool(server)
         if server:
             Server.update(**columns).where(Server.id == server.id).execute()
         else:
@@ -89,7 +91,7 @@ def register(data: dict, address: str) -> dict:
         "project_id": project["id"],
         "project_name": project["name"],
         "heartbeat_s": HEARTBEAT_S,
-        "renewed": bool(server.last_seen),
+        "renewed": renewed,
     }
 
 
@@ -162,7 +164,7 @@ def server_json(row: dict) -> dict:
         "busy": row["busy"],
         "manual": bool(row["manual"]),
         "agent_version": row["agent_version"],
-        "system_info": loads(row["info"]),
+        "system_info": _life.info(row["id"]) or loads(row["info"]),
         "sessions": live["n"],
         "created_at": iso(row["created_at"]),
     }
@@ -266,12 +268,15 @@ class _Life:
     def __init__(self):
         self._lock = threading.Lock()
         self._heard: dict[str, tuple[float, float]] = {}  # monotonic, wall clock
+        self._info: dict[str, dict] = {}
         self._unsaved: set[str] = set()
         self._ticked = time.monotonic()
 
-    def hear(self, server_id: str) -> bool:
+    def hear(self, server_id: str, info: dict | None = None) -> bool:
         """Note a sign of life; True when the server was not known to live."""
         with self._lock:
+            if info:
+                self._info[server_id] = info
             fresh = server_id not in self._heard
             self._heard[server_id] = (time.monotonic(), time.time())
             self._unsaved.add(server_id)
@@ -280,6 +285,7 @@ class _Life:
     def forget(self, server_id: str) -> None:
         with self._lock:
             self._heard.pop(server_id, None)
+            self._info.pop(server_id, None)
             self._unsaved.discard(server_id)
 
     def seen_at(self, server_id: str) -> float | None:
@@ -295,9 +301,16 @@ class _Life:
             self._ticked = now
             return [k for k, (heard, _) in self._heard.items() if now - heard > seconds]
 
-    def take_unsaved(self) -> list[tuple[float, str]]:
+    def info(self, server_id: str) -> dict | None:
+        """The system_info of its last heartbeat, if this process has had one."""
+        return self._info.get(server_id)
+
+    def take_unsaved(self) -> list[tuple[float, dict | None, str]]:
+        """(seen at, system_info, server id) of those heard since the last call."""
         with self._lock:
-            unsaved = [(self._heard[s][1], s) for s in self._unsaved if s in self._heard]
+            unsaved = [
+                (self._heard[s][1], self._info.get(s), s) for s in self._unsaved if s in self._heard
+            ]
             self._unsaved.clear()
             return unsaved
 
@@ -305,6 +318,7 @@ class _Life:
         with self._lock:
             now = time.monotonic()
             self._heard = dict.fromkeys(server_ids, (now, time.time()))
+            self._info.clear()
             self._unsaved.clear()
             self._ticked = now
 
@@ -318,9 +332,9 @@ def begin() -> None:
     _screens.clear()
 
 
-def alive(server_id: str) -> None:
+def alive(server_id: str, system_info: dict | None = None) -> None:
     """A sign of life: the server is online from now on."""
-    if not _life.hear(server_id):
+    if not _life.hear(server_id, system_info):
         return
     with transaction() as tx:
         server = one(
@@ -340,12 +354,7 @@ def alive(server_id: str) -> None:
 
 
 def heartbeat(caller: Caller, system_info: dict | None) -> None:
-    if system_info:
-        with transaction():
-            execute(
-                "UPDATE server SET info = ? WHERE id = ?", (dumps(system_info), caller.server_id)
-            )
-    alive(caller.server_id)
+    alive(caller.server_id, system_info)
 
 
 def save_heartbeats() -> None:
@@ -353,8 +362,11 @@ def save_heartbeats() -> None:
     unsaved = _life.take_unsaved()
     if unsaved:
         with transaction():
-            for at, server_id in unsaved:
-                execute("UPDATE server SET last_seen = ? WHERE id = ?", (at, server_id))
+            for at, info, server_id in unsaved:
+                execute(
+                    "UPDATE server SET last_seen = ?, info = COALESCE(?, info) WHERE id = ?",
+                    (at, dumps(info) if info else None, server_id),
+                )
 
 
 def notice_silence(offline_after: float = OFFLINE_AFTER_S) -> list[str]:
@@ -482,10 +494,8 @@ def list_sessions(project_ids: list[str], *, every: bool = False, status: str | 
 
 
 def session_views(found: list[dict]) -> list[dict]:
-    servers = dict(execute("SELECT id, name FROM server").fetchall()) if found else {}
-    titles = {}
-    for part, marks in in_chunks(sorted({s["task_id"] for s in found if s["task_id"]})):
-        titles |= dict(execute(f"SELECT id, title FROM task WHERE id IN {marks}", part).fetchall())
+    servers = labels("server", "name", {s["server_id"] for s in found})
+    titles = labels("task", "title", {s["task_id"] for s in found if s["task_id"]})
     return [_session_json(s, servers.get(s["server_id"]), titles) for s in found]
 
 
@@ -1038,6 +1048,13 @@ def _session_activity(_tx, caller: Caller, frame: dict) -> None:
 
 
 def _task_report(_tx, caller: Caller, frame: dict) -> None:
+    """An implicit report says only how the worker's program ended: what the worker has said
+    itself before that stands."""
+    if frame.get("implicit") and one(
+        "SELECT 1 FROM attempt WHERE task_id = ? AND number = ?",
+        (frame["task_id"], int(frame["attempt"])),
+    ):
+        return
     REPORTS[frame["outcome"]](caller, frame["task_id"], frame, int(frame["attempt"]))
 
 

@@ -21,6 +21,7 @@ from models import (
     execute,
     in_chunks,
     insert_many,
+    labels,
     loads,
     new_id,
     one,
@@ -337,9 +338,7 @@ def _upstreams(ids: list[str]) -> dict[str, list[str]]:
 
 
 def _titles(ids: list[str]) -> list[str]:
-    known = {}
-    for part, marks in in_chunks(ids):
-        known |= dict(execute(f"SELECT id, title FROM task WHERE id IN {marks}", part).fetchall())
+    known = labels("task", "title", set(ids))
     return [known.get(task_id, task_id) for task_id in ids]
 
 
@@ -513,11 +512,12 @@ def _report(caller: Caller, ref: str, verb: str, report, attempt, then) -> dict:
     require(caller, "task.report", task["project_id"], "task")
     with transaction() as tx:
         task = moves.row(task["id"])
-        if not report_allowed(caller, task):
-            raise Forbidden("This key reports on its own tasks only, and this is not one of them.")
         if attempt is None and caller.task_id == task["id"]:
             attempt = caller.attempt
-        stands = _fence(tx, caller, task, verb, report, attempt)
+        past = _past(task, attempt)
+        if not report_allowed(caller, task, (past or task)["server_id"]):
+            raise Forbidden("This key reports on its own tasks only, and this is not one of them.")
+        stands = _fence(tx, caller, task, verb, report, attempt, past)
         if stands is None:
             return then(tx, caller, task, report)
     if isinstance(stands, Conflict):
@@ -525,17 +525,20 @@ def _report(caller: Caller, ref: str, verb: str, report, attempt, then) -> dict:
     return stands
 
 
-def _fence(tx, caller, task: dict, verb: str, report, attempt: int | None):
+def _past(task: dict, attempt: int | None) -> dict | None:
+    """How an attempt that has ended, ended; the present one when none is named."""
+    number = task["attempt"] if attempt is None else attempt
+    return one("SELECT * FROM attempt WHERE task_id = ? AND number = ?", (task["id"], number))
+
+
+def _fence(tx, caller, task: dict, verb: str, report, attempt: int | None, past: dict | None):
     """None to go ahead; the task when this was said before; a Conflict when it is too late."""
     number = task["attempt"] if attempt is None else attempt
     if number > task["attempt"]:
         return Conflict(f"The task is at attempt {task['attempt']}, there was no {number} yet.")
     if number == task["attempt"] and task["status"] not in cascade.FINAL:
         return task if verb == "start" and task["status"] == "running" else None
-    past = one("SELECT * FROM attempt WHERE task_id = ? AND number = ?", (task["id"], number)) or {
-        "outcome": "unknown",
-        "report": None,
-    }
+    past = past or {"outcome": "unknown", "report": None}
     if past["outcome"] == verb and past["report"] == report:
         return task
     if verb == "start" and past["outcome"] == "complete":
@@ -878,6 +881,8 @@ def _open_downstream(task_id: str) -> list[dict]:
     return found
 
 
+# What null empties; elsewhere it means "not given".
+CLEARABLE = ("target_repo", "target_branch", "structured_spec", "command", *CLOCKS)
 PLAIN_FIELDS = (
     "title",
     "spec",
@@ -898,6 +903,7 @@ def update(caller: Caller, ref: str, data: dict) -> dict:
     """
     task = find("task", caller, ref)
     require(caller, "task.change", task["project_id"], "task")
+    data = {k: v for k, v in data.items() if v is not None or k in CLEARABLE}
     if not data:
         raise Invalid("Nothing to change: name at least one field.")
     for name in ("title", "spec"):

@@ -507,8 +507,10 @@ def test_one_attempt_has_at_most_one_live_session(agent, wire):
 
 
 def test_a_cancelled_worker_is_ended_without_a_report(agent, wire):
-    task_id, session_id = agent.task(["/bin/sh", "-c", "trap '' HUP; sleep 1000; sleep 1000"])
-    wire.report("task_report", task_id=task_id, outcome="started")
+    task_id, session_id = agent.task(
+        ["/bin/sh", "-c", "trap '' HUP; echo on; sleep 1000; sleep 1000"]
+    )
+    until(lambda: b"on" in wire.output(session_id))
     wire.command(
         "task_cancelled", session_id=session_id, task_id=task_id, attempt=1, reason="no longer"
     )
