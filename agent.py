@@ -1393,15 +1393,18 @@ class Sessions:
         }
 
     def _outcome(self, session):
+        """What the worker's end says of its task; implicit where only the exit code says it, so
+        that what the worker reported itself stands."""
         if session.exit_code == 0:
+            path = self.directory(session) / "result.json"
             try:
-                result = read_result(self.directory(session) / "result.json")
-                return self._report(session, outcome="complete", result=result)
+                result, implicit = read_result(path), not path.exists()
+                return self._report(session, outcome="complete", result=result, implicit=implicit)
             except AgentError as error:
                 return self._report(session, outcome="fail", error=str(error))
         tail = last_lines(read_end(self.log_path(session)))
         error = f"{exit_sentence(session.exit_code)}\n{tail}".strip()
-        return self._report(session, outcome="fail", error=error)
+        return self._report(session, outcome="fail", error=error, implicit=True)
 
     def _mend(self, session, why):
         gap = {

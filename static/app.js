@@ -1,0 +1,97 @@
+// What every page needs: local times, copy buttons, dialogs, filters that apply by themselves,
+// and refusals shown beside the form they belong to.
+"use strict";
+
+(() => {
+  const TODAY = { hour: "2-digit", minute: "2-digit", second: "2-digit" };
+  const BEFORE = { ...TODAY, year: "numeric", month: "short", day: "numeric", second: undefined };
+
+  function localise(root) {
+    const today = new Date().toDateString();
+    for (const time of root.querySelectorAll("time[datetime]")) {
+      const at = new Date(time.dateTime);
+      if (Number.isNaN(at.getTime())) continue;
+      const text = at.toLocaleString(undefined, at.toDateString() === today ? TODAY : BEFORE);
+      if (time.textContent !== text) time.textContent = text;
+      time.title = at.toLocaleString(undefined, { dateStyle: "full", timeStyle: "long" });
+    }
+  }
+
+  // The live parts of a page change in place: what a person opened stays open.
+  Idiomorph.defaults.ignoreActiveValue = true;
+  Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, element) =>
+    !(name === "open" && element.matches("details, dialog"));
+
+  async function copy(button) {
+    const field = document.getElementById(button.dataset.copy);
+    field.select();
+    try {
+      await navigator.clipboard.writeText(field.value);
+      button.textContent = "Copied";
+    } catch {
+      // no clipboard without TLS: the text is selected, the browser's own copy works
+      button.textContent = "Press Ctrl+C";
+    }
+  }
+
+  function showDialog(id) {
+    const dialog = document.getElementById(id);
+    if (dialog instanceof HTMLDialogElement && !dialog.open) dialog.showModal();
+  }
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-copy], [data-open], [data-close]");
+    if (!button) return;
+    if (button.dataset.copy) copy(button);
+    else if (button.dataset.open) showDialog(button.dataset.open);
+    else button.closest("dialog").close();
+  });
+
+  // A dialog begins anew each time: what it showed once (a token) is gone when it is closed.
+  document.addEventListener(
+    "close",
+    (event) => {
+      if (event.target.querySelector("#arrival")) window.location.reload();
+    },
+    true,
+  );
+
+  document.addEventListener("change", (event) => {
+    if (event.target.matches("[data-submit]")) event.target.form.requestSubmit();
+  });
+
+  // Empty fields stay out of the address.
+  document.addEventListener("submit", (event) => {
+    if (event.target.method !== "get") return;
+    for (const field of event.target.elements) if (!field.value) field.disabled = true;
+  });
+
+  // A refusal is swapped into the nearest place for it, never over what was asked for.
+  document.addEventListener("htmx:beforeSwap", (event) => {
+    const { xhr, requestConfig } = event.detail;
+    if (xhr.status < 400) return;
+    const near = requestConfig.elt.querySelector(".notice");
+    event.detail.target = near || document.getElementById("notice");
+    event.detail.swapOverride = "innerHTML";
+    event.detail.shouldSwap = true;
+    event.detail.isError = false;
+  });
+
+  document.addEventListener("htmx:beforeRequest", (event) => {
+    const { elt, requestConfig } = event.detail;
+    if (requestConfig.verb === "get") return;
+    elt.querySelector(".notice")?.replaceChildren();
+    document.getElementById("notice").replaceChildren();
+  });
+
+  document.addEventListener("htmx:sendError", (event) => {
+    const { elt, requestConfig } = event.detail;
+    if (requestConfig.verb === "get") return;
+    const place = elt.querySelector(".notice") || document.getElementById("notice");
+    place.textContent = "The hub did not answer: nothing is known to have changed. Try again.";
+  });
+
+  document.addEventListener("htmx:afterSwap", () => localise(document));
+  localise(document);
+  if (window.location.hash) showDialog(window.location.hash.slice(1));
+})();
