@@ -217,9 +217,12 @@ def save_config(path, config):
 
 
 def settings_of(config):
-    return types.SimpleNamespace(
-        **{name: type(default)(config.get(name, default)) for name, default, _ in SETTINGS}
-    )
+    """The settings, in seconds, with what the config file says instead of the defaults."""
+    settings = {name: config.get(name, default) for name, default, _ in SETTINGS}
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise AgentError(f"The setting {name} in the config file is not a number of seconds.")
+    return types.SimpleNamespace(**settings)
 
 
 def hub_url_of(token):

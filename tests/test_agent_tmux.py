@@ -53,7 +53,7 @@ class Wire:
         self.logs = {}
         self.log_repeats = 0
         self.adopt = {}  # tmux name: session id
-        self.answers = {}  # seq: the answer a repeated call gets
+        self.answers = {}  # (instance, seq): the answer a repeated call gets
         self.commands = {}  # not acknowledged
         self.next_id = 0
         self.outbox = []
@@ -136,8 +136,9 @@ class Wire:
             return answer
 
     def poll(self, body):
-        if body["seq"] in self.answers:
-            return 200, self.answers[body["seq"]]
+        call = body["instance"], body["seq"]
+        if call in self.answers:
+            return 200, self.answers[call]
         frames = body["frames"]
         opening = bool(frames) and frames[0]["type"] == "auth"
         if not opening and body["instance"] != self.instance:
@@ -154,7 +155,7 @@ class Wire:
                 return 409, {"detail": "Sync first.", "code": "sync_required"}
             out, self.outbox = self.outbox, []
         answer = {"seq": body["seq"], "frames": out}
-        self.answers[body["seq"]] = answer
+        self.answers[call] = answer
         return 200, answer
 
     def take(self, frame):
