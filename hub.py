@@ -185,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    os.umask(0o077)  # database, logs and secret are nobody else's to read
     flags = vars(_parser().parse_args(argv))
     only_link = flags.pop("login_link")
     try:

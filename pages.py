@@ -26,6 +26,7 @@ from flask import (
 
 import auth
 import cascade
+import reading
 import sessions
 import tasks
 import web
@@ -76,7 +77,7 @@ def _let_in():
         return None
     if not person():
         return _to_login()
-    g.last_event = tasks.last_event_id()
+    g.last_event = reading.last_event_id()
     return None
 
 
@@ -280,17 +281,17 @@ WAITING_SHOWN = 10
 def overview():
     """What goes on, and on an empty hub what to do first."""
     ids = scope()
-    at_work, _ = tasks.list_tasks(person(), ids, status=AT_WORK, limit=50)
+    at_work, _ = reading.list_tasks(person(), ids, status=AT_WORK, limit=50)
     servers = sessions.list_servers(ids)
     return show(
         "overview.html",
         servers=servers,
-        at_work=tasks.views(at_work),
-        waiting=tasks.views(_waiting(ids)),
-        finished=tasks.views(_finished(ids)),
+        at_work=reading.tasks_json(at_work),
+        waiting=reading.tasks_json(_waiting(ids)),
+        finished=reading.tasks_json(_finished(ids)),
         sessions=sessions.list_sessions(ids)[:20],
         asked=sum(t["status"] in ("needs_human", "plan_review") for t in at_work),
-        any_task=bool(tasks.list_tasks(person(), ids, limit=1)[0]),
+        any_task=bool(reading.list_tasks(person(), ids, limit=1)[0]),
     )
 
 
@@ -313,7 +314,7 @@ def _finished(ids: list[str]) -> list[dict]:
         "SELECT task_id, MAX(id) AS at FROM event WHERE id > ? AND type IN"
         f" ('task_completed', 'task_failed', 'task_cancelled') AND project_id IN {_among(ids)}"
         " GROUP BY task_id ORDER BY at DESC LIMIT ?",
-        [tasks.last_event_id() - RECENT_EVENTS, *ids, RECENT_SHOWN],
+        [reading.last_event_id() - RECENT_EVENTS, *ids, RECENT_SHOWN],
     )
     order = [row["task_id"] for row in ended]
     found = {t["id"]: t for t in _by_id("task", order)}
@@ -406,7 +407,7 @@ GROUPS = {"open": ",".join(s for s in cascade.STATES if s in cascade.OPEN), "at-
 def task_list():
     """The tasks that fit the filter in the address, newest first."""
     status, q = request.args.get("status", ""), request.args.get("q", "").strip()
-    found, cursor = tasks.list_tasks(
+    found, cursor = reading.list_tasks(
         person(),
         scope(),
         status=GROUPS.get(status, status) or None,
@@ -416,7 +417,7 @@ def task_list():
     )
     return show(
         "tasks/list.html",
-        tasks=tasks.views(found),
+        tasks=reading.tasks_json(found),
         status=status,
         q=q,
         filters=FILTERS,
@@ -436,14 +437,14 @@ def new_task():
     if not allowed:
         raise Invalid("There is no project you may create tasks in: make one, or ask an admin.")
     project = chosen() or allowed[0]
-    latest, _ = tasks.list_tasks(person(), [project["id"]], limit=TASKS_PER_PAGE)
+    latest, _ = reading.list_tasks(person(), [project["id"]], limit=TASKS_PER_PAGE)
     return render_template(
         "tasks/new.html",
         target=project,
         allowed=allowed,
-        candidates=tasks.views(latest),
+        candidates=reading.tasks_json(latest),
         repos=sorted({r for s in sessions.list_servers([project["id"]]) for r in s["repos"]}),
-        priorities=tasks.PRIORITIES,
+        priorities=reading.PRIORITIES,
         types=tasks.TYPES,
     )
 
@@ -461,7 +462,7 @@ def _task_fields() -> dict:
     return {
         "title": _text("title", TITLE_MOST),
         "spec": _text("spec", SPEC_MOST),
-        "priority": _choice("priority", tasks.PRIORITIES),
+        "priority": _choice("priority", reading.PRIORITIES),
         "type": _choice("type", tasks.TYPES),
         "target_repo": _text("repo", NAME_MOST),
         "requirements": {"languages": _words("languages") or None},
@@ -477,15 +478,15 @@ def _task_fields() -> dict:
 def task(ref):
     """Everything about one task."""
     row = auth.find("task", person(), ref)
-    shown = tasks.view(row)
+    shown = reading.task_json(row)
     verbs = {v for v, (starts, _) in cascade.TRANSITIONS.items() if row["status"] in starts}
     return show(
         "tasks/task.html",
         task=shown,
         downstream=_downstream(row["id"]),
-        contracts=tasks.contracts(person(), row["id"]),
-        why=tasks.explain(person(), row["id"]),
-        timeline=_named(tasks.timeline(person(), row["id"])),
+        contracts=reading.contracts(person(), row["id"]),
+        why=reading.explain(person(), row["id"]),
+        timeline=_named(reading.timeline(person(), row["id"])),
         attempts=_attempts(row["id"]),
         verbs=verbs if auth.can(person(), "task.change", row["project_id"]) else set(),
         targets=_targets(row["project_id"]) if "assign" in verbs else {},
@@ -591,14 +592,14 @@ def close_session(ref):
 @bp.get("/pipelines")
 def pipeline_list():
     """Pipelines with how far they are, newest first."""
-    found = [tasks.pipeline_json(row) for row in tasks.list_pipelines(scope())]
+    found = [reading.pipeline_json(row) for row in reading.list_pipelines(scope())]
     return show("pipelines/list.html", pipelines=found)
 
 
 @bp.get("/pipelines/<ref>")
 def pipeline(ref):
     """One pipeline: its picture and its tasks."""
-    shown = tasks.pipeline_json(tasks.get_pipeline(person(), ref), with_tasks=True)
+    shown = reading.pipeline_json(reading.get_pipeline(person(), ref), with_tasks=True)
     keys = {task_id: key for key, task_id in shown["id_map"].items()}
     return show(
         "pipelines/pipeline.html", pipeline=shown, keys=keys, graph=draw(shown["tasks"], keys)
@@ -667,10 +668,11 @@ def _places(columns: list[list[str]]) -> dict[str, tuple[float, float]]:
 
 
 def _node(shown: dict, key: str, x: float, y: float) -> dict:
+    title = shown["title"].removeprefix(key).lstrip(" :") or shown["title"]
     return {
         "task": shown,
         "key": cut(key, 8),
-        "title": cut(shown["title"], 26 - min(len(key), 8)),
+        "title": cut(title, 25 - min(len(key), 8)),
         "where": cut(shown["assigned_server_name"] or shown["target_repo"] or "", 14),
         "x": x,
         "y": y,

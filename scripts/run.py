@@ -42,8 +42,9 @@ def register_here(client: Client, processes: Processes) -> None:
 
 
 def main() -> int:
+    os.umask(0o077)
     logs = DATA / "run"
-    logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    logs.mkdir(parents=True, exist_ok=True)
     processes = Processes(logs, clean_env())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -66,29 +66,32 @@
     for (const field of event.target.elements) if (!field.value) field.disabled = true;
   });
 
+  function noticeFor({ verb, elt }) {
+    const near = verb === "get" ? null : elt.querySelector(".notice");
+    return near || document.getElementById("notice");
+  }
+
   // A refusal is swapped into the nearest place for it, never over what was asked for.
   document.addEventListener("htmx:beforeSwap", (event) => {
     const { xhr, requestConfig } = event.detail;
     if (xhr.status < 400) return;
-    const near = requestConfig.elt.querySelector(".notice");
-    event.detail.target = near || document.getElementById("notice");
+    event.detail.target = noticeFor(requestConfig);
     event.detail.swapOverride = "innerHTML";
     event.detail.shouldSwap = true;
     event.detail.isError = false;
   });
 
   document.addEventListener("htmx:beforeRequest", (event) => {
-    const { elt, requestConfig } = event.detail;
+    const { requestConfig } = event.detail;
     if (requestConfig.verb === "get") return;
-    elt.querySelector(".notice")?.replaceChildren();
+    noticeFor(requestConfig).replaceChildren();
     document.getElementById("notice").replaceChildren();
   });
 
   document.addEventListener("htmx:sendError", (event) => {
-    const { elt, requestConfig } = event.detail;
+    const { requestConfig } = event.detail;
     if (requestConfig.verb === "get") return;
-    const place = elt.querySelector(".notice") || document.getElementById("notice");
-    place.textContent = "The hub did not answer: nothing is known to have changed. Try again.";
+    noticeFor(requestConfig).textContent = "The hub did not answer: nothing is known to have changed. Try again.";
   });
 
   document.addEventListener("htmx:afterSwap", () => localise(document));

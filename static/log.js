@@ -8,6 +8,7 @@
   const PAUSE = 1000;
   const BEGIN_WITH = 512 * 1024; // of a long log, the end is read first
   const KEEP = 2_000_000; // characters shown at most
+  const LONGEST = 4096; // an unfinished escape sequence longer than this is text
   // CSI, OSC (to BEL or ST), other strings, two-character escapes; then lone controls
   const ESCAPES =
     /\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[PX^_][^\x1b]*\x1b\\|\x1b[ -/]+[0-~]|\x1b[0-Z\\^-~]|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]/g;
@@ -19,9 +20,10 @@
   const screen = document.getElementById("screen");
   const screenPart = document.getElementById("screen-part");
   const decoder = new TextDecoder();
-  const tail = document.createTextNode(""); // the line that is still being written
+  const tail = document.createTextNode(""); // shows `line`, the one still being written
   let offset = Math.max(0, Number(log.dataset.end) - BEGIN_WITH);
   let carry = "";
+  let line = "";
   let shown = 0;
   let timer = null;
 
@@ -30,18 +32,19 @@
 
   const isLive = () => document.getElementById("session-state").dataset.liveSession === "yes";
 
-  function lastWritten(line) {
-    const parts = line.replace(/\r+$/, "").split("\r");
+  function lastWritten(text) {
+    const parts = text.replace(/\r+$/, "").split("\r");
     return parts[parts.length - 1];
   }
 
   function write(bytes) {
     const text = carry + decoder.decode(bytes, { stream: true });
-    const half = text.length < 65536 + carry.length ? text.match(HALF) : null;
-    carry = half ? half[0] : "";
+    const half = text.match(HALF); // a sequence cut in two waits for its other half
+    carry = half && half[0].length < LONGEST ? half[0] : "";
     const plain = text.slice(0, text.length - carry.length).replace(ESCAPES, "");
-    const lines = (tail.data + plain).split("\n");
-    tail.data = lines.pop();
+    const lines = (line + plain).split("\n");
+    line = lines.pop();
+    tail.data = lastWritten(line);
     if (!lines.length) return;
     const done = `${lines.map(lastWritten).join("\n")}\n`;
     log.insertBefore(document.createTextNode(done), tail);
