@@ -30,6 +30,7 @@ import fcntl
 import json
 import logging
 import logging.handlers
+import math
 import os
 import platform
 import pwd
@@ -81,6 +82,7 @@ INPUT_CHUNK = 1 * KB  # bytes of raw input per tmux call; each takes three of it
 MEND_PAUSE_S = 5  # a pipe that dies at once (disk full) is not mended at every look
 NOTICE_CHARS = 200
 ERROR_LINES = 20
+NO_SCREEN = (0, None, -math.inf)  # size of the log, lines, time
 
 log = logging.getLogger("agent")
 
@@ -1476,7 +1478,7 @@ class Sessions:
         if now >= self._screen_due.get(session.session_id, now + 1):
             self._screen_due.pop(session.session_id, None)
             return True
-        size, _, at = self._screens.get(session.session_id, (0, None, now - self.settings.screen_s))
+        size, _, at = self._screens.get(session.session_id, NO_SCREEN)
         return now - at >= self.settings.screen_s and self.log_size(session) != size
 
     def _send_screen(self, session, now):
@@ -1485,7 +1487,7 @@ class Sessions:
             lines = self.tmux.screen(session.tmux_name)
         except TmuxError:
             return  # it has just ended; the monitor says so
-        _, before, _ = self._screens.get(session.session_id, (0, None, 0))
+        _, before, _ = self._screens.get(session.session_id, NO_SCREEN)
         self._screens[session.session_id] = size, lines, now
         if lines != before:
             self.outgoing.say(

@@ -909,8 +909,7 @@ def _reconcile(tx: Transaction, session: dict, item: dict, restarted: bool) -> d
 def _lose(tx: Transaction, session: dict, why: str) -> None:
     """A session is gone without an end of its own: its task is tried again elsewhere."""
     move(tx, session, "lose", HUB.actor, reason=why)
-    task = _open_task_of(session)
-    if task:
+    for task in _open_tasks_of(session):
         tasks.release(tx, task, f"its session is gone: {why}")
 
 
@@ -927,17 +926,14 @@ def disconnected(server_id: str) -> None:
         disconnect(tx, server_id)
 
 
-def _open_task_of(session: dict) -> dict | None:
-    """The task whose present attempt this session works on."""
-    task = session["task_id"] and one("SELECT * FROM task WHERE id = ?", (session["task_id"],))
-    if (
+def _open_tasks_of(session: dict) -> list[dict]:
+    """The tasks whose present attempt this session works on: a worker's one, or what a plain
+    session was given."""
+    return [
         task
-        and task["session_id"] == session["id"]
-        and task["attempt"] == session["attempt"]
-        and task["status"] in cascade.HOLDS_SLOT
-    ):
-        return task
-    return None
+        for task in rows("SELECT * FROM task WHERE session_id = ?", (session["id"],))
+        if task["status"] in cascade.HOLDS_SLOT and session["attempt"] in (None, task["attempt"])
+    ]
 
 
 def take_spooled(caller: Caller, frames: list[dict]) -> int:
@@ -1000,10 +996,10 @@ def _session_started(tx, caller: Caller, frame: dict) -> None:
 def _session_error(tx, caller: Caller, frame: dict) -> None:
     session = _own_session(caller, frame)
     error = str(frame.get("error") or "the session could not be started")[:2000]
-    task = _open_task_of(session)
+    open_tasks = _open_tasks_of(session)
     move(tx, session, "fail", caller.actor, error=error, closed_at=tx.now)
-    if task:
-        tasks.fail(caller, task["id"], error, session["attempt"])
+    for task in open_tasks:
+        tasks.fail(caller, task["id"], error, task["attempt"])
 
 
 def _session_recovered(tx, caller: Caller, frame: dict) -> None:
@@ -1013,7 +1009,7 @@ def _session_recovered(tx, caller: Caller, frame: dict) -> None:
 def _session_closed(tx, caller: Caller, frame: dict) -> None:
     session = _own_session(caller, frame)
     code = frame.get("exit_code")
-    task = _open_task_of(session)
+    open_tasks = _open_tasks_of(session)
     move(
         tx,
         session,
@@ -1024,14 +1020,18 @@ def _session_closed(tx, caller: Caller, frame: dict) -> None:
         activity="idle",
         log_end=int(frame.get("log_end") or 0),
     )
-    if task:
-        how = f"exit code {code}" if code is not None else "it was closed"
-        tasks.fail(
-            caller,
-            task["id"],
-            f"the worker's session ended without a report ({how})",
-            session["attempt"],
-        )
+    for task in open_tasks:
+        if code is None:  # no program's end: the terminal itself is gone, as after a reboot
+            tasks.release(tx, task, f"its terminal on {caller.name} is gone")
+        else:
+            error = f"the worker's session ended without a report (exit code {code})"
+            tasks.fail(caller, task["id"], error, task["attempt"])
+
+
+def _session_gap(tx, caller: Caller, frame: dict) -> None:
+    """Output that the agent could not record is missing from the log, and the record says so."""
+    missing = {k: frame.get(k) for k in ("from", "to", "why")}
+    _session_event(tx, _own_session(caller, frame), "session_log_gap", caller.actor, missing)
 
 
 ACTIVITIES = ("working", "idle", "waiting_input", "error", "quota", "no_signal")
@@ -1086,6 +1086,7 @@ SPOOLED = {
     "session_recovered": _session_recovered,
     "session_closed": _session_closed,
     "session_activity": _session_activity,
+    "session_gap": _session_gap,
     "task_report": _task_report,
 }
 

@@ -72,6 +72,7 @@ CREATE INDEX task_project ON task (project_id, seq);
 CREATE INDEX task_status ON task (project_id, status, seq);
 CREATE INDEX task_pipeline ON task (pipeline_id, seq) WHERE pipeline_id IS NOT NULL;
 CREATE INDEX task_server ON task (server_id, status) WHERE server_id IS NOT NULL;
+CREATE INDEX task_session ON task (session_id) WHERE session_id IS NOT NULL;
 CREATE INDEX task_queue ON task (project_id, signature, priority DESC, waiting_since, seq)
     WHERE waiting_since IS NOT NULL;
 CREATE INDEX task_deadline ON task (deadline_at) WHERE deadline_at IS NOT NULL;
