@@ -746,20 +746,34 @@ def exec_session(path):
     """
     order = json.loads(Path(path).read_text(encoding="utf-8"))
     os.environ.update(order["env"])
-    # Keys like Ctrl-C and the hang-up of a closed session are for the program, not for us.
-    ours = {signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+    signal.pthread_sigmask(signal.SIG_BLOCK, LEADER_SIGNALS)
     child = os.fork()
     if child == 0:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, LEADER_SIGNALS)
         run_program(order["argv"], order["cwd"])
-    for number in ours:
-        signal.signal(number, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
-    _, status = os.waitpid(child, 0)
+    status = lead(child)
     wait_until_still(order["log"])
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
+
+
+LEADER_SIGNALS = {signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM}
+
+
+def lead(child):
+    """Wait for the child as the leader of its terminal; returns its status.
+
+    The kernel tells only the leader that a terminal has gone, so that is passed on; keys like
+    Ctrl-C reach the child by themselves."""
+    for number in LEADER_SIGNALS:
+        signal.signal(number, lambda *_: None)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signal_process(child, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEADER_SIGNALS)
+    _, status = os.waitpid(child, 0)
+    for number in LEADER_SIGNALS:  # the child's number may soon be another process's
+        signal.signal(number, signal.SIG_IGN)
+    return status
 
 
 def run_program(argv, cwd):

@@ -13,8 +13,8 @@ from functools import partial
 from graphlib import TopologicalSorter
 from itertools import pairwise
 
+from apiflask import APIBlueprint
 from flask import (
-    Blueprint,
     g,
     has_request_context,
     make_response,
@@ -32,7 +32,7 @@ import tasks
 import web
 from models import Invalid, NotFound, Refused, event_json, in_chunks, iso, one, rows
 
-bp = Blueprint("pages", __name__)
+bp = APIBlueprint("pages", __name__, enable_openapi=False)
 
 OPEN_TO_ALL = frozenset({"pages.login", "pages.sign_in"})
 TASKS_PER_PAGE = 100
@@ -281,7 +281,7 @@ WAITING_SHOWN = 10
 def overview():
     """What goes on, and on an empty hub what to do first."""
     ids = scope()
-    at_work, _ = reading.list_tasks(person(), ids, status=AT_WORK, limit=50)
+    at_work, _ = reading.list_tasks(ids, status=AT_WORK, limit=50)
     servers = sessions.list_servers(ids)
     return show(
         "overview.html",
@@ -291,7 +291,7 @@ def overview():
         finished=reading.tasks_json(_finished(ids)),
         sessions=sessions.list_sessions(ids)[:20],
         asked=sum(t["status"] in ("needs_human", "plan_review") for t in at_work),
-        any_task=bool(reading.list_tasks(person(), ids, limit=1)[0]),
+        any_task=bool(reading.list_tasks(ids, limit=1)[0]),
     )
 
 
@@ -408,7 +408,6 @@ def task_list():
     """The tasks that fit the filter in the address, newest first."""
     status, q = request.args.get("status", ""), request.args.get("q", "").strip()
     found, cursor = reading.list_tasks(
-        person(),
         scope(),
         status=GROUPS.get(status, status) or None,
         q=q or None,
@@ -437,7 +436,7 @@ def new_task():
     if not allowed:
         raise Invalid("There is no project you may create tasks in: make one, or ask an admin.")
     project = chosen() or allowed[0]
-    latest, _ = reading.list_tasks(person(), [project["id"]], limit=TASKS_PER_PAGE)
+    latest, _ = reading.list_tasks([project["id"]], limit=TASKS_PER_PAGE)
     return render_template(
         "tasks/new.html",
         target=project,
@@ -608,11 +607,12 @@ def pipeline(ref):
 
 # A layered picture: a task stands one column right of the last task it waits for.
 
-NODE_W, NODE_H, GAP_X, GAP_Y, MARGIN = 196, 62, 74, 22, 8
+NODE_W, NODE_H, GAP_X, GAP_Y, MARGIN = 224, 62, 64, 20, 8
+NODE_TEXT = 25  # columns of text that fit into a box, in a wide font
 
 
 def draw(shown: list[dict], keys: dict[str, str]) -> dict:
-    """Boxes and arrows of the tasks' graph, in pixels: {width, height, nodes, edges}."""
+    """Boxes and arrows of the tasks' graph, in pixels: {width, height, node: (w, h), nodes, edges}."""
     inside = {t["id"] for t in shown}
     ups = {
         t["id"]: [
@@ -626,6 +626,7 @@ def draw(shown: list[dict], keys: dict[str, str]) -> dict:
     place = _places(columns)
     return {
         "width": 2 * MARGIN + len(columns) * (NODE_W + GAP_X) - GAP_X,
+        "node": (NODE_W, NODE_H),
         "height": 2 * MARGIN + max(map(len, columns), default=0) * (NODE_H + GAP_Y) - GAP_Y,
         "nodes": [_node(t, keys.get(t["id"], ""), *place[t["id"]]) for t in shown],
         "edges": [
@@ -672,7 +673,7 @@ def _node(shown: dict, key: str, x: float, y: float) -> dict:
     return {
         "task": shown,
         "key": cut(key, 8),
-        "title": cut(title, 25 - min(len(key), 8)),
+        "title": cut(title, NODE_TEXT - min(len(key), 8)),
         "where": cut(shown["assigned_server_name"] or shown["target_repo"] or "", 14),
         "x": x,
         "y": y,
@@ -681,7 +682,7 @@ def _node(shown: dict, key: str, x: float, y: float) -> dict:
 
 def _edge(start: tuple, end: tuple, dependency: dict) -> dict:
     x1, y1 = start[0] + NODE_W, start[1] + NODE_H / 2
-    x2, y2 = end[0] - 6, end[1] + NODE_H / 2
+    x2, y2 = end[0] - 8, end[1] + NODE_H / 2
     bend = (x2 - x1) / 2
     return {
         "path": f"M{x1:g} {y1:g}C{x1 + bend:g} {y1:g} {x2 - bend:g} {y2:g} {x2:g} {y2:g}",

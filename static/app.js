@@ -96,5 +96,6 @@
 
   document.addEventListener("htmx:afterSwap", () => localise(document));
   localise(document);
+  document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
   if (window.location.hash) showDialog(window.location.hash.slice(1));
 })();

@@ -38,6 +38,11 @@ def until(condition, limit=15):
     return value
 
 
+def running():
+    lines = subprocess.run(["ps", "-A", "-ww", "-o", "args="], capture_output=True, text=True)
+    return lines.stdout
+
+
 class Wire:
     """The hub's end of the poll: keeps what it was told, sends what it is given."""
 
@@ -363,6 +368,7 @@ def rig(wire):
     yield rig
     rig.end()
     assert not rig.tmux("list-sessions")
+    until(lambda: str(home) not in running())  # every program ends with its terminal
     shutil.rmtree(home)
 
 
@@ -688,8 +694,7 @@ def test_no_secret_stands_on_a_command_line_or_leaks_into_a_session(rig, wire):
     agent = rig.start()
     session_id = agent.python("import os, time; print(dict(os.environ)); time.sleep(1000)")
     until(lambda: b"orcs_canary_session_key" in wire.output(session_id))
-    lines = subprocess.run(["ps", "-A", "-ww", "-o", "args="], capture_output=True, text=True)
-    assert "canary" not in lines.stdout
+    assert "canary" not in running()
     assert b"orc_canary" not in wire.output(session_id)
     loose = [
         path

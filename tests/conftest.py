@@ -1,0 +1,532 @@
+"""What the tests share.
+
+db            the hub's database in a directory of its own (the app's, when `app` is asked for too)
+world         projects, servers and tasks by name, through the use cases of layer 2
+app, client   the Flask application, and a client for its API
+hub           a real hub process; `@pytest.mark.hub(tick_s=0.1)` changes its settings
+start_hub     starts such processes: `start_hub(port=…, tick_s=…)`
+until         waits for a condition
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import requests
+
+import auth
+import hub as hub_module
+import models
+import moves
+import reading
+import sessions
+import sockets
+import tasks
+from auth import HUB
+
+ROOT = Path(__file__).resolve().parent.parent
+PASSWORD = "correct horse battery"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "hub(**settings): settings of the `hub` fixture's process")
+
+
+def wait_until(condition, timeout: float = 10.0, every: float = 0.02):
+    """The first true value `condition()` gives; fails when there is none within `timeout` s."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"still {value!r} after {timeout:g} s")
+        time.sleep(every)
+
+
+@pytest.fixture
+def until():
+    return wait_until
+
+
+# ── the database and what is in it ────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def db(request, tmp_path):
+    if "app" in request.fixturenames:
+        request.getfixturevalue("app")
+        yield models.db.obj
+        return
+    models.open_db(tmp_path / "hub.db")
+    auth.use_secret(tmp_path / "secret")
+    sessions.use_logs(models.LogStore(tmp_path / "logs.db"))
+    _forget_all()
+    yield models.db.obj
+    _close()
+
+
+def _forget_all():
+    """What earlier tests left in this process."""
+    sessions.begin()
+    sockets.links.reset()
+    auth._wrong.clear()
+
+
+def _close():
+    sockets.links.reset()
+    sessions.logs().close()
+    models.close_db()
+
+
+class World:
+    """Projects, servers and tasks by name; verbs are the use cases, done by `HUB` unless `by`."""
+
+    def __init__(self):
+        self.projects: dict[str, dict] = {}
+        self.servers: dict[str, str] = {}
+        self.keys: dict[str, str] = {}
+        self.ids: dict[str, str] = {}
+        self.project("shop")
+
+    def project(self, name: str) -> dict:
+        if name not in self.projects:
+            self.projects[name] = auth.create_project(HUB, name)
+        return self.projects[name]
+
+    # people and servers
+
+    def user(self, name: str, *, admin: bool = False, **roles: str) -> auth.Caller:
+        """A person with roles by project name, signed in."""
+        made = auth.create_user(HUB, name, None, admin, roles)
+        return auth.by_token(self.token(made["id"]))
+
+    def token(self, user_id: str) -> str:
+        with models.transaction():
+            return auth.issue(user_id, "api")
+
+    def server(
+        self,
+        name: str,
+        repos=(),
+        languages=None,
+        frameworks=None,
+        capabilities=None,
+        slots: int = 4,
+        online: bool = True,
+        project: str = "shop",
+        machine_id: str = "",
+    ) -> str:
+        """Register a server (`repos`: names); its id."""
+        token = auth.registration_token(HUB, self.project(project)["id"], "http://hub")
+        made = sessions.register(
+            {
+                "registration_token": token["token"],
+                "name": name,
+                "hostname": name,
+                "os": "Linux",
+                "machine_id": machine_id,
+                "repos": {repo: f"/srv/{repo}" for repo in repos},
+                "capabilities": {
+                    "languages": languages,
+                    "frameworks": frameworks,
+                    "capabilities": capabilities,
+                    "slots": slots,
+                },
+            },
+            "127.0.0.1",
+        )
+        self.servers[name], self.keys[name] = made["id"], made["api_key"]
+        if online:
+            sessions.alive(made["id"])
+        return made["id"]
+
+    def online(self, name: str) -> None:
+        sessions.alive(self.servers[name])
+
+    def offline(self, name: str) -> None:
+        """The server falls silent and the hub notices."""
+        quiet = self.servers[name]
+        with sessions._life._lock:
+            heard, wall = sessions._life._heard[quiet]
+            sessions._life._heard[quiet] = (heard - 1000, wall)
+            sessions._life._ticked = time.monotonic()
+        assert sessions.notice_silence(500) == [quiet]
+
+    def key(self, name: str) -> auth.Caller:
+        """The server as a caller."""
+        return auth.by_key(self.keys[name])
+
+    def server_row(self, name: str) -> dict:
+        return models.one("SELECT * FROM server WHERE id = ?", (self.servers[name],))
+
+    def busy(self, name: str) -> int:
+        return self.server_row(name)["busy"]
+
+    # tasks
+
+    def task(
+        self, name: str, after=(), inputs=None, related=(), project="shop", by=HUB, **fields
+    ) -> dict:
+        """Create a task; after: upstream names; inputs: {key: upstream name}."""
+        links = [self._link(up, "blocks") for up in after]
+        links += [self._link(up, "input", key) for key, up in (inputs or {}).items()]
+        links += [self._link(up, "related") for up in related]
+        data = {"title": name, "dependencies": links} | fields
+        row = tasks.create(by, self.project(project), data)
+        self.ids[name] = row["id"]
+        return row
+
+    def _link(self, upstream: str, kind: str, key: str | None = None) -> dict:
+        return {
+            "depends_on_task_id": self.ids[upstream],
+            "dependency_type": kind,
+            "contract_key": key,
+        }
+
+    def working(self, name: str, server: str | None = None, **fields) -> dict:
+        """A task that is running, on `server` or on whoever fits."""
+        self.task(name, **fields)
+        self.assign(name, server=server)
+        return self.start(name)
+
+    def assign(self, name: str, by=HUB, **to) -> dict:
+        return tasks.assign(by, self.ids[name], **to)
+
+    def start(self, name: str, by=HUB, attempt=None) -> dict:
+        return tasks.start(by, self.ids[name], attempt)
+
+    def complete(self, name: str, result=None, contracts=None, by=HUB, attempt=None) -> dict:
+        if contracts is not None:
+            result = {"summary": f"{name} done", "contracts": contracts}
+        return tasks.complete(by, self.ids[name], result, attempt)
+
+    def fail(self, name: str, error: str = "it broke", by=HUB, attempt=None) -> dict:
+        return tasks.fail(by, self.ids[name], error, attempt)
+
+    def retry(self, name: str, by=HUB) -> dict:
+        return tasks.retry(by, self.ids[name])
+
+    def cancel(self, name: str, by=HUB, downstream: bool = False):
+        return tasks.cancel(by, self.ids[name], downstream=downstream)
+
+    def update(self, name: str, by=HUB, **data) -> dict:
+        return tasks.update(by, self.ids[name], data)
+
+    def depend(self, name: str, upstream: str, kind: str = "blocks", key=None, by=HUB) -> dict:
+        return tasks.add_dependency(by, self.ids[name], self.ids[upstream], kind, key)
+
+    def undepend(self, name: str, upstream: str, by=HUB) -> int:
+        return tasks.remove_dependency(by, self.ids[name], self.ids[upstream])
+
+    def row(self, name: str) -> dict:
+        return moves.row(self.ids[name])
+
+    def json(self, name: str) -> dict:
+        return reading.task_json(self.row(name))
+
+    def status(self, name: str) -> str:
+        return self.row(name)["status"]
+
+    def shown(self, name: str) -> str:
+        return reading.shown_status(self.row(name))
+
+    def reason(self, name: str) -> str | None:
+        return reading.reason(self.row(name))
+
+    def on(self, name: str) -> str | None:
+        """The name of the server the task is on."""
+        return reading.server_name(self.row(name))
+
+    # what was written
+
+    def events(self, name: str | None = None, *types: str, after: int = 0) -> list[dict]:
+        """The events of a task (of everything without a name), oldest first."""
+        found = models.rows("SELECT * FROM event WHERE id > ? ORDER BY id", (after,))
+        return [
+            models.event_json(row)
+            for row in found
+            if (name is None or row["task_id"] == self.ids[name])
+            and (not types or row["type"] in types)
+        ]
+
+    def types(self, name: str | None = None, after: int = 0) -> list[str]:
+        return [event["type"] for event in self.events(name, after=after)]
+
+    def said(self, after: int) -> list[tuple[str, str]]:
+        """(type, task name) of every event since, in order."""
+        names = {task_id: name for name, task_id in self.ids.items()}
+        return [(e["type"], names.get(e["task_id"])) for e in self.events(after=after)]
+
+    def now(self) -> int:
+        """Where the event log stands."""
+        return reading.last_event_id()
+
+    def commands(self, server: str) -> list[dict]:
+        """Unacknowledged commands to a server, oldest first."""
+        return models.rows(
+            "SELECT * FROM command WHERE server_id = ? AND acked_at IS NULL ORDER BY id",
+            (self.servers[server],),
+        )
+
+    def check(self) -> None:
+        check_invariants()
+
+
+def check_invariants() -> None:
+    """What must hold of every database at every moment."""
+    held = Counter(
+        row["server_id"]
+        for row in models.rows(
+            "SELECT server_id FROM task WHERE status IN"
+            " ('assigned', 'planning', 'plan_review', 'running', 'needs_human')"
+        )
+    )
+    for server in models.rows("SELECT id, name, busy FROM server"):
+        assert server["busy"] == held[server["id"]], f"slots of {server['name']}"
+    wrong = models.rows(
+        "SELECT title, open_deps, (SELECT COUNT(*) FROM dependency d WHERE d.task_id = t.id"
+        " AND d.resolved = 0 AND d.kind <> 'related') AS counted FROM task t"
+        " WHERE open_deps <> counted"
+    )
+    assert not wrong
+    ids = [row["id"] for row in models.rows("SELECT id FROM event ORDER BY id")]
+    assert ids == list(range(1, len(ids) + 1)), "the event log has gaps"
+    assert not models.rows(
+        "SELECT task_id, attempt, COUNT(*) AS n FROM session WHERE task_id IS NOT NULL"
+        " AND state IN ('starting', 'active', 'disconnected', 'recovering')"
+        " GROUP BY task_id, attempt HAVING n > 1"
+    ), "two live sessions for one attempt"
+    assert models.rows("PRAGMA foreign_key_check") == []
+    assert models.rows("PRAGMA integrity_check") == [{"integrity_check": "ok"}]
+
+
+@pytest.fixture
+def world(db):
+    return World()
+
+
+# ── the application ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def app(tmp_path):
+    settings = hub_module.read_settings({"data": str(tmp_path / "hub")}, {})
+    application = hub_module.create_app(settings | {"url": "http://localhost"})
+    _forget_all()
+    auth.first_admin(None)
+    yield application
+    _close()
+
+
+class Client:
+    """Requests to the API: a path without a leading slash stands under /api/v1."""
+
+    def __init__(self, app, headers: dict | None = None):
+        self.app = app
+        self.headers = headers or {}
+        self.flask = app.test_client()
+
+    def login(self, username: str = "admin", password: str = PASSWORD) -> "Client":
+        """The same client signed in by password, as a new one."""
+        answer = self.post("auth/login", json={"username": username, "password": password})
+        assert answer.status_code == 200, answer.json
+        return self.as_token(answer.json["token"])
+
+    def as_token(self, token: str) -> "Client":
+        return Client(self.app, {"Authorization": f"Bearer {token}"})
+
+    def as_user(self, username: str = "admin") -> "Client":
+        """Signed in without the cost of a password."""
+        user = models.one("SELECT id FROM user WHERE username = ?", (username,))
+        with models.transaction():
+            return self.as_token(auth.issue(user["id"], "api"))
+
+    def as_server(self, key: str) -> "Client":
+        return Client(self.app, {"X-API-Key": key})
+
+    as_key = as_server
+
+    def open(self, method: str, path: str, **kwargs):
+        path = path if path.startswith("/") else f"/api/v1/{path}"
+        headers = self.headers | kwargs.pop("headers", {})
+        return self.flask.open(path, method=method, headers=headers, **kwargs)
+
+    def get(self, path: str, **kwargs):
+        return self.open("GET", path, **kwargs)
+
+    def post(self, path: str, json=None, **kwargs):
+        return self.open("POST", path, **_body(json, kwargs))
+
+    def put(self, path: str, json=None, **kwargs):
+        return self.open("PUT", path, **_body(json, kwargs))
+
+    def patch(self, path: str, json=None, **kwargs):
+        return self.open("PATCH", path, **_body(json, kwargs))
+
+    def delete(self, path: str, **kwargs):
+        return self.open("DELETE", path, **kwargs)
+
+
+def _body(json, kwargs: dict) -> dict:
+    """Without a body of its own a request carries the empty object."""
+    return kwargs if "data" in kwargs else kwargs | {"json": {} if json is None else json}
+
+
+@pytest.fixture
+def client(app):
+    """Nobody: `.as_user()`, `.login()` and `.as_server(key)` give clients who are somebody."""
+    return Client(app)
+
+
+@pytest.fixture
+def admin(client):
+    """The hub's admin at the API."""
+    return client.as_user("admin")
+
+
+# ── a real hub ────────────────────────────────────────────────────────────────────────────────
+
+
+class HubProcess:
+    """`python hub.py` on a free port, with the admin's password set."""
+
+    def __init__(self, data: Path, **settings):
+        self.data = data
+        self.settings = {"port": 0, "data": data} | settings
+        self.http = requests.Session()
+        self.http.trust_env = False
+        self.lines: list[str] = []
+        self.process = None
+        self.token = None
+        self.url = ""
+        self.start()
+
+    def start(self) -> None:
+        flags = []
+        for name, value in self.settings.items():
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+        env = {k: v for k, v in os.environ.items() if not k.startswith("ORCHESTRATIA_")}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "hub.py"), *flags],
+            env=env | {"ORCHESTRATIA_ADMIN_PASSWORD": PASSWORD},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._told = threading.Event()
+        self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
+        self._reader.start()
+        if not self._told.wait(30):
+            self.kill()
+            pytest.fail("the hub did not start:\n" + "".join(self.lines))
+        self.settings["port"] = int(self.url.rpartition(":")[2])
+        wait_until(self._answers, 10)
+
+    def _read(self, process) -> None:
+        with process.stdout:
+            for line in process.stdout:
+                self.lines.append(line)
+                if line.startswith("Orchestratia hub on "):
+                    self.url = line.split()[-1]
+                    self._told.set()
+        self._told.set()
+
+    def _answers(self) -> bool:
+        if self.process.poll() is not None:
+            pytest.fail("the hub ended:\n" + "".join(self.lines))
+        try:
+            return self.http.get(f"{self.url}/api/v1/health", timeout=2).ok
+        except requests.ConnectionError:
+            return False
+
+    def login(self) -> str:
+        """The admin's token, fetched once."""
+        if not self.token:
+            answer = self.http.post(
+                f"{self.url}/api/v1/auth/login",
+                json={"username": "admin", "password": PASSWORD},
+                timeout=10,
+            )
+            assert answer.ok, answer.text
+            self.token = answer.json()["token"]
+        return self.token
+
+    def ask(self, method: str, path: str, json=None, *, key=None, token=None, **kwargs):
+        """The raw answer to a request, by the admin unless a key or token is given."""
+        if key:
+            headers = {"X-API-Key": key}
+        else:
+            headers = {"Authorization": f"Bearer {token or self.login()}"}
+        kwargs = {"timeout": 40} | kwargs
+        headers |= kwargs.pop("headers", {})
+        path = path.lstrip("/").removeprefix("api/v1/")
+        url = f"{self.url}/api/v1/{path}"
+        return self.http.request(method, url, json=json, headers=headers, **kwargs)
+
+    def api(self, method: str, path: str, json=None, **kwargs):
+        """The JSON of a request that must succeed."""
+        answer = self.ask(method, path, json, **kwargs)
+        assert answer.ok, f"{method} {path}: {answer.status_code} {answer.text}"
+        return answer.json()
+
+    def register(self, name: str = "dev", project: str | None = None, **body) -> dict:
+        """Register a server in the (only) project; {id, api_key, …}."""
+        token = self.api("POST", "servers/tokens", {"project_id": project} if project else {})
+        body = {"name": name, "registration_token": token["token"]} | body
+        return self.api("POST", "servers/register", body)
+
+    def stop(self) -> int:
+        """End it as an operator would; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self._end()
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self._end()
+
+    def _end(self) -> int:
+        try:
+            code = self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        self._reader.join(5)
+        return code
+
+    def restart(self) -> None:
+        """Stop it and start it again on the same port and data."""
+        self.stop()
+        self.start()
+
+
+@pytest.fixture
+def start_hub(tmp_path):
+    """Start hub processes; all are stopped, and what they printed shown if the test failed."""
+    started: list[HubProcess] = []
+
+    def start(**settings) -> HubProcess:
+        data = Path(settings.pop("data", tmp_path / f"hub-{len(started)}"))
+        started.append(HubProcess(data, **settings))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.stop()
+        process.http.close()
+        print(f"── {process.url} ──\n{''.join(process.lines)}")
+
+
+@pytest.fixture
+def hub(request, start_hub):
+    marker = request.node.get_closest_marker("hub")
+    return start_hub(**(marker.kwargs if marker else {}))
