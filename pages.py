@@ -612,7 +612,7 @@ NODE_TEXT = 25  # columns of text that fit into a box, in a wide font
 
 
 def draw(shown: list[dict], keys: dict[str, str]) -> dict:
-    """Boxes and arrows of the tasks' graph, in pixels: {width, height, node: (w, h), nodes, edges}."""
+    """Boxes and arrows in pixels: {width, height, node: (w, h), nodes, edges}."""
     inside = {t["id"] for t in shown}
     ups = {
         t["id"]: [
@@ -726,13 +726,16 @@ def _named(events: list[dict]) -> list[dict]:
     for event in events:
         for kind in ("task", "session", "server"):
             about[kind].add(event[f"{kind}_id"] or "")
+        about["task"].add(event["cause_task_id"] or "")
     names = {
         row["id"]: row.get("title") or row["name"]
         for kind, ids in about.items()
         for row in _by_id(kind, ids)
     }
     return [
-        event | {kind: names.get(event[f"{kind}_id"]) for kind in ("task", "session", "server")}
+        event
+        | {kind: names.get(event[f"{kind}_id"]) for kind in ("task", "session", "server")}
+        | {"cause": names.get(event["cause_task_id"])}
         for event in events
     ]
 
@@ -773,38 +776,40 @@ STATES = {
 }
 
 
-def _assignee_or_fields(details: dict) -> str:
-    if details.get("assignee"):
-        return f"meant for {details['assignee']} once it is free"
-    return f"changed: {', '.join(details.get('changed', ()))}"
+def _assignee_or_fields(event: dict) -> str:
+    if event["details"].get("assignee"):
+        return f"meant for {event['details']['assignee']} once it is free"
+    return f"changed: {', '.join(event['details'].get('changed', ()))}"
 
 
-def _completed(details: dict) -> str:
-    summary = (details.get("result") or {}).get("summary")
+def _completed(event: dict) -> str:
+    summary = (event["details"].get("result") or {}).get("summary")
     return f"done: {summary}" if summary else "done"
 
 
 def _dependency(verb: str):
-    def sentence(details: dict) -> str:
+    def sentence(event: dict) -> str:
+        details = event["details"]
         key = f" (input {details['key']})" if details.get("key") else ""
         return f"{verb} {details.get('title', 'a task')}{key}"
 
     return sentence
 
 
-def _resolved(details: dict) -> str:
-    if details.get("key"):
-        return f"input {details['key']} has arrived"
-    return "one task it waited for is done"
+def _resolved(event: dict) -> str:
+    cause = event.get("cause") or "a task it waited for"
+    if key := event["details"].get("key"):
+        return f"input {key} has arrived from {cause}"
+    return f"no longer waits for {cause}"
 
 
-def _ended(details: dict) -> str:
-    code = details.get("exit_code")
+def _ended(event: dict) -> str:
+    code = event["details"].get("exit_code")
     return "session closed" if code is None else f"session closed, exit code {code}"
 
 
 # type of an event: (shape, tone, what happened: a text with the fields of its details, or a
-# function of them). live.js listens for exactly these types.
+# function of the event). live.js listens for exactly these types.
 WORDS = {
     "task_created": ("ring", "quiet", "created"),
     "task_assigned": ("half", "live", "given to {agent}"),
@@ -863,10 +868,10 @@ class _Details(dict):
 
 
 def said(event: dict) -> str:
-    """What happened, in plain words."""
+    """What happened, in plain words; an event from `_named` can name the task that caused it."""
     _, _, words = WORDS.get(event["type"], ("", "", event["type"].replace("_", " ")))
     if callable(words):
-        return words(event["details"])
+        return words(event)
     return words.format_map(_Details(event["details"]))
 
 

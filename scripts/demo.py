@@ -19,10 +19,15 @@ from pathlib import Path
 from processes import PATIENCE_S, ROOT, Client, Processes, clean_env, until
 
 AGENTS = {
-    "dev-backend": (
-        "api-gateway core-service web-dashboard search-engine payment-service deploy-infra"
-        " marketing-site"
-    ).split(),
+    "dev-backend": [
+        "api-gateway",
+        "core-service",
+        "web-dashboard",
+        "search-engine",
+        "payment-service",
+        "deploy-infra",
+        "marketing-site",
+    ],
     "dev-desktop": ["desktop-app"],
 }
 LANGUAGES = {"dev-backend": ["python", "rust", "typescript"], "dev-desktop": ["csharp"]}
