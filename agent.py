@@ -1640,11 +1640,16 @@ NOTICES = {
     "task_assigned": "New task assigned: {title}. Run: orchestratia task view {id}",
     "task_updated": "Task updated: {title}. Run: orchestratia task view {id}",
     "task_cancelled": "Task cancelled: {title}. Stop working on it. ({id})",
+    "task_status_update": "Task {status}: {title}. Run: orchestratia task view {id}",
 }
 
 
-def notice(kind, task_id, title):
-    return NOTICES[kind].format(title=printable(title, NOTICE_CHARS), id=printable(task_id, 36))
+def notice(kind, task_id, title, status=""):
+    return NOTICES[kind].format(
+        title=printable(title, NOTICE_CHARS),
+        id=printable(task_id, 36),
+        status=printable(status, 20),
+    )
 
 
 class Agent:
@@ -1824,7 +1829,7 @@ class Agent:
         session = self.sessions.all.get(frame["session_id"])
         title = title or frame.get("title") or (session.title if session else "")
         try:
-            text = notice(frame["type"], frame["task_id"], title)
+            text = notice(frame["type"], frame["task_id"], title, frame.get("status", ""))
             self.sessions.type(frame["session_id"], text)
         except AgentError as error:
             self._not_delivered(frame, "not_delivered", str(error))
@@ -1856,6 +1861,7 @@ class Agent:
         "task_assigned": _task_assigned,
         "task_cancelled": _task_cancelled,
         "task_updated": _task_updated,
+        "task_status_update": _notify,
         "session_close": _session_close,
         "profiles_changed": _profiles_changed,
     }

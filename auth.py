@@ -357,8 +357,9 @@ def issue(user_id: str, kind: str) -> str:
 
 
 def logout(caller: Caller) -> None:
-    with transaction():
+    with transaction() as tx:
         Token.delete().where(Token.id == caller.token_id).execute()
+        tx.tell("access")
 
 
 def forget_expired(now: float) -> None:

@@ -81,6 +81,11 @@ class Bus:
                 if not readers:
                     self._topics.pop(topic, None)
 
+    def heard(self, topic: str) -> bool:
+        """Whether anybody listens to the topic just now: a message nobody hears need not be made."""
+        with self._lock:
+            return topic in self._topics
+
     def publish(self, topic: str, message) -> None:
         with self._lock:
             readers = list(self._topics.get(topic, ()))

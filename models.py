@@ -39,7 +39,6 @@ log = logging.getLogger("orchestratia.models")
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 LOCK_PATIENCE_S = 5.0  # how long a write waits for its turn before it is refused with 503
-MAX_PARAMETERS = 30_000  # SQLite allows 32,766 in a statement
 
 db = DatabaseProxy()
 bus = bus_module.Bus()
@@ -190,12 +189,12 @@ def close_db() -> None:
 
 def execute(sql: str, params=()) -> sqlite3.Cursor:
     """Run one statement on the connection that is right here; returns its cursor."""
-    return db.execute_sql(sql, params)
+    return db.obj.connection().execute(sql, params)
 
 
 def rows(sql: str, params=()) -> list[dict]:
     """All rows of a query as dictionaries."""
-    cursor = db.execute_sql(sql, params)
+    cursor = execute(sql, params)
     names = [d[0] for d in cursor.description]
     return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
@@ -224,20 +223,19 @@ def labels(table: str, column: str, ids: set[str]) -> dict[str, str]:
 
 
 def insert_many(table: str, columns: tuple[str, ...], values: list[tuple]) -> None:
-    """Insert rows of equal shape in as few statements as SQLite allows."""
-    size = MAX_PARAMETERS // len(columns)
-    for start in range(0, len(values), size):
-        part = values[start : start + size]
-        marks = ", ".join([f"({', '.join('?' * len(columns))})"] * len(part))
-        execute(
-            f"INSERT INTO {table} ({', '.join(columns)}) VALUES {marks}",
-            [v for row in part for v in row],
-        )
+    """Insert rows of equal shape with one prepared statement."""
+    marks = ", ".join("?" * len(columns))
+    db.obj.connection().executemany(
+        f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", values
+    )
+
+
+_stored = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def dumps(value) -> str:
     """JSON as it is stored: compact, sorted, no NaN; equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _stored.encode(value)
 
 
 def loads(text: str | None, default=None):
@@ -316,7 +314,7 @@ def transaction():
         tx = _begin()
         try:
             yield tx
-            published = _store_events(tx)
+            first = _store_events(tx)
             execute("COMMIT")
         except BaseException:
             db.obj.writer.rollback()
@@ -325,7 +323,7 @@ def transaction():
             _local.transaction = None
     finally:
         _write_lock.release()
-    _publish(published, tx.messages)
+    _publish(tx, first)
 
 
 def _begin() -> Transaction:
@@ -358,17 +356,13 @@ def _savepoint(tx: Transaction):
     execute(f"RELEASE {name}")
 
 
-def _store_events(tx: Transaction) -> list[dict]:
-    """Insert the events of `tx`; return them as published: with id and the id before it."""
+def _store_events(tx: Transaction) -> int:
+    """Insert the events of `tx`, in a row; return the id of the first."""
     if not tx.events:
-        return []
+        return 0
     last = execute("SELECT seq FROM sqlite_sequence WHERE name = 'event'").fetchone()
-    first = (last[0] if last else 0) + 1
     insert_many("event", EVENT_COLUMNS, tx.events)
-    return [
-        event_json({"id": first + n, **dict(zip(EVENT_COLUMNS, event, strict=True))})
-        for n, event in enumerate(tx.events)
-    ]
+    return (last[0] if last else 0) + 1
 
 
 def event_json(row: dict) -> dict:
@@ -388,12 +382,13 @@ def event_json(row: dict) -> dict:
     }
 
 
-def _publish(events: list[dict], messages: list[tuple[str, object]]) -> None:
+def _publish(tx: Transaction, first: int) -> None:
     """Hand committed events to whoever listens; a listener's failure never undoes the deed."""
     try:
-        for event in events:
-            bus.publish("events", event)
-        for topic, message in messages:
+        for n, event in enumerate(tx.events if bus.heard("events") else ()):
+            row = {"id": first + n, **dict(zip(EVENT_COLUMNS, event, strict=True))}
+            bus.publish("events", event_json(row))
+        for topic, message in tx.messages:
             bus.publish(topic, message)
     except Exception:
         log.exception("publishing failed; readers will find the events in the table")

@@ -89,6 +89,7 @@ def row(task_id: str) -> dict:
 
 def change(tx: Transaction, task: dict, **changes) -> dict:
     after = task | changes | {"updated_at": tx.now}
+    after["deadline_at"] = _deadline(after)
     _set(task, after)
     return after
 

@@ -182,8 +182,9 @@ def change_server(caller: Caller, ref: str, changes: dict) -> dict:
         changes["name"] = changes["name"].strip()
         _refuse_taken_name(server["project_id"], changes["name"], server["id"])
     if changes.get("slots"):
-        declared = changes.get("declared") or loads(server["declared"])
-        changes["declared"] = declared | {"slots": changes.pop("slots")}
+        changes["declared"] = (changes.get("declared") or {}) | {"slots": changes.pop("slots")}
+    if "declared" in changes:  # what is not mentioned stays as it was declared
+        changes["declared"] = loads(server["declared"]) | changes["declared"]
     return _server_event(caller, server, "server_changed", changes, {"changed": sorted(changes)})
 
 
@@ -235,6 +236,11 @@ def revoke(caller: Caller, ref: str) -> dict:
         )
         for session in _believed_alive(server["id"]):
             move(tx, session, "lose", HUB.actor, reason="its server was revoked")
+        execute(
+            "UPDATE task SET pinned_server = NULL, pinned_session = NULL, auto_assign = 1"
+            " WHERE pinned_server = ?",
+            (server["id"],),
+        )
         for task in _tasks_on(server["id"]):
             tasks.release(tx, task, f"server {server['name']} was revoked", caller.actor)
         execute(
@@ -242,6 +248,7 @@ def revoke(caller: Caller, ref: str) -> dict:
             (tx.now, server["id"]),
         )
         tx.tell(f"server:{server['id']}", "revoked")
+        tx.tell("access")
     _life.forget(server["id"])
     return one("SELECT * FROM server WHERE id = ?", (server["id"],))
 
@@ -336,6 +343,14 @@ def alive(server_id: str, system_info: dict | None = None) -> None:
     """A sign of life: the server is online from now on."""
     if not _life.hear(server_id, system_info):
         return
+    try:
+        _came_online(server_id)
+    except BaseException:
+        _life.forget(server_id)  # not written down: the next sign of life tries again
+        raise
+
+
+def _came_online(server_id: str) -> None:
     with transaction() as tx:
         server = one(
             "UPDATE server SET online = 1, offline_at = NULL WHERE id = ? AND online = 0"
@@ -373,8 +388,10 @@ def notice_silence(offline_after: float = OFFLINE_AFTER_S) -> list[str]:
     """Call servers offline that gave no sign of life for so many seconds; their ids."""
     gone = _life.silent(offline_after)
     for server_id in gone:
-        _life.forget(server_id)
         with transaction() as tx:
+            if server_id not in _life.silent(offline_after):
+                continue  # it spoke while we waited for our turn
+            _life.forget(server_id)
             server = one(
                 "UPDATE server SET online = 0, offline_at = ? WHERE id = ? AND online = 1"
                 " RETURNING *",
@@ -737,20 +754,33 @@ def pending_commands(server_id: str, sent: dict[int, float], now: float) -> list
     sent: {command id: when it was sent on this connection}. Commands that have become pointless
     are closed here.
     """
-    frames = []
-    for row in rows(
+    waiting = rows(
         "SELECT * FROM command WHERE server_id = ? AND acked_at IS NULL ORDER BY id LIMIT ?",
         (server_id, COMMANDS_AT_ONCE),
-    ):
-        if now - sent.get(row["id"], -RESEND_S) < RESEND_S:
+    )
+    for gone in sent.keys() - {row["id"] for row in waiting}:
+        del sent[gone]
+    frames = []
+    for row in waiting:
+        if row["id"] in sent and now - sent[row["id"]] < RESEND_S:
             continue
         frame = COMPOSE[row["type"]](row)
         if frame is None:
-            acknowledge(server_id, [row["id"]])
+            _drop_command(row)
             continue
         sent[row["id"]] = now
         frames.append({"type": row["type"], "id": row["id"]} | frame)
     return frames
+
+
+def _drop_command(row: dict) -> None:
+    """A command that became pointless before it was sent, and the session it would have started."""
+    with transaction() as tx:
+        acknowledge(row["server_id"], [row["id"]])
+        session = one("SELECT * FROM session WHERE id = ?", (row["session_id"],))
+        if session and session["state"] == "starting":
+            why = "its task was taken back before it started"
+            move(tx, session, "close", HUB.actor, reason=why, closed_at=tx.now)
 
 
 def acknowledge(server_id: str, ids: list[int]) -> None:
@@ -938,19 +968,25 @@ def _open_tasks_of(session: dict) -> list[dict]:
 
 def take_spooled(caller: Caller, frames: list[dict]) -> int:
     """Handle spooled frames in order, each once; the number up to which all are taken."""
-    upto = one("SELECT spool_upto FROM server WHERE id = ?", (caller.server_id,))["spool_upto"]
+    upto = _spool_upto(caller)
     for frame in frames:
         if frame["spool"] <= upto:
             continue
-        if frame["spool"] > upto + 1:
-            break  # one is missing before it: the agent sends on from `upto`
         with transaction() as tx:
-            _handle(tx, caller, frame)
-            execute(
-                "UPDATE server SET spool_upto = ? WHERE id = ?", (frame["spool"], caller.server_id)
-            )
-        upto = frame["spool"]
+            upto = _spool_upto(caller)  # again: a repeated call may be at work beside this one
+            if frame["spool"] == upto + 1:
+                _handle(tx, caller, frame)
+                execute(
+                    "UPDATE server SET spool_upto = ? WHERE id = ?", (upto + 1, caller.server_id)
+                )
+                upto += 1
+        if frame["spool"] > upto:
+            break  # one is missing before it: the agent sends on from `upto`
     return upto
+
+
+def _spool_upto(caller: Caller) -> int:
+    return one("SELECT spool_upto FROM server WHERE id = ?", (caller.server_id,))["spool_upto"]
 
 
 def _handle(tx: Transaction, caller: Caller, frame: dict) -> None:

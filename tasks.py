@@ -163,7 +163,7 @@ def _insert(tx: Transaction, caller: Caller, project: dict, data: dict) -> dict:
         "max_attempts": data.get("max_attempts") or 1,
         "retry_delay_s": data.get("retry_delay_s") or 0,
         **{clock: data.get(clock) for clock in CLOCKS},
-        "source_session_id": caller.session_id or data.get("session_id"),
+        "source_session_id": caller.session_id or _orderer(caller, project, data),
         "created_by": caller.actor,
         "created_at": tx.now,
         "updated_at": tx.now,
@@ -183,6 +183,22 @@ def _insert(tx: Transaction, caller: Caller, project: dict, data: dict) -> dict:
         task=task["id"],
     )
     return moves.row(task["id"])
+
+
+def _orderer(caller: Caller, project: dict, data: dict) -> str | None:
+    """The session of this project that is told how the task ends. Raises NotFound."""
+    if not data.get("session_id"):
+        return None
+    session = find("session", caller, data["session_id"], name="name")
+    if session["project_id"] != project["id"]:
+        raise NotFound(f"There is no session {data['session_id']!r} in this project.")
+    return session["id"]
+
+
+def _orderer(caller: Caller, project: dict, given: str | None) -> str | None:
+    """The session a task is ordered from: the caller's own, or one of the project it names."""
+    found = one("SELECT id, project_id FROM session WHERE id = ?", (caller.session_id or given,))
+    return found["id"] if found and found["project_id"] == project["id"] else None
 
 
 def _split_spec(data: dict, had: dict) -> tuple[str | None, dict]:
@@ -355,6 +371,8 @@ def remove_dependency(caller: Caller, ref: str, upstream_ref: str) -> int:
         if not gone:
             raise NotFound(f"The task does not depend on {upstream['title']!r}.")
         open_ones = [d for d in gone if not d["resolved"] and d["kind"] in cascade.ORDERING]
+        if moves.row(task["id"])["status"] == "pending":
+            _fill_again([task["id"]])
         tx.emit(
             "dependency_removed",
             task["project_id"],
@@ -643,7 +661,8 @@ def _tell_orderer(tx: Transaction, task: dict, summary: str) -> None:
         task=task["id"],
         session=session["id"],
     )
-    moves.command(tx, session["server_id"], "task_status_update", session["id"], task, details)
+    if session["role"] == "orchestrator":  # typed there; a plain shell would run it
+        moves.command(tx, session["server_id"], "task_status_update", session["id"], task, details)
 
 
 def _owed(task: dict) -> dict[str, dict]:
@@ -749,6 +768,20 @@ def _fill_inputs(ids: list[str]) -> None:
         )
 
 
+def _fill_again(task_ids: list[str]) -> None:
+    """Write down anew what pending tasks are handed; those that are blocked get it when free."""
+    for part, marks in in_chunks(task_ids):
+        execute(f"UPDATE task SET resolved_inputs = NULL WHERE id IN {marks}", part)
+        _fill_inputs(
+            [
+                i
+                for (i,) in execute(
+                    f"SELECT id FROM task WHERE id IN {marks} AND open_deps = 0", part
+                )
+            ]
+        )
+
+
 def amend_contract(caller: Caller, ref: str, key: str, data) -> dict:
     """Supply or amend a contract by hand; inputs that waited for it are resolved.
 
@@ -765,9 +798,22 @@ def amend_contract(caller: Caller, ref: str, key: str, data) -> dict:
         _store_contract(tx, task, key, data, caller.actor)
         tx.emit("contract_amended", task["project_id"], caller.actor, {"key": key}, task=task["id"])
         if task["status"] == "done":
+            _fill_again(_takers(task["id"], key))
             freed = _resolve_downstream(tx, task, key)
             routing.place(tx, task["project_id"], freed, set(), cause=task["id"])
     return task
+
+
+def _takers(task_id: str, key: str) -> list[str]:
+    """Pending tasks that take this contract as an input."""
+    return [
+        row["id"]
+        for row in rows(
+            "SELECT t.id FROM dependency d JOIN task t ON t.id = d.task_id"
+            " WHERE d.upstream_id = ? AND d.kind = 'input' AND d.key = ? AND t.status = 'pending'",
+            (task_id, key),
+        )
+    ]
 
 
 def _reopen(tx, task: dict, verb: str, actor: str, details=None, delay: float = 0) -> dict:
@@ -793,6 +839,7 @@ def _reopen(tx, task: dict, verb: str, actor: str, details=None, delay: float = 
         auto_assign=1,
         not_before=tx.now + delay if delay else None,
     )
+    _fill_again([task["id"]])
     if not again["open_deps"]:
         routing.place(tx, again["project_id"], [again], set())
     return moves.row(task["id"])

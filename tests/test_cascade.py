@@ -11,9 +11,17 @@ import cascade
 
 # ── every verb in every state ─────────────────────────────────────────────────────────────────
 
-STATES = (
-    ["pending", "assigned", "planning", "plan_review", "running", "needs_human", "done", "failed", "cancelled"]
-)  # fmt: skip
+STATES = [
+    "pending",
+    "assigned",
+    "planning",
+    "plan_review",
+    "running",
+    "needs_human",
+    "done",
+    "failed",
+    "cancelled",
+]
 
 # The table of the documentation, written out again: what is not here is refused.
 MOVES = {
