@@ -1,11 +1,12 @@
 """`/api/v1`: JSON in, JSON out. Every view translates a request into one use case of layer 2."""
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from apiflask import APIBlueprint
 from flask import Response, request
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 import auth
 import reading
@@ -32,6 +33,9 @@ Seconds = Annotated[float, Field(ge=0, le=10 * 365 * 86400)]
 Argument = Annotated[
     str, StringConstraints(max_length=100_000, pattern=r"^[^\x00]*$")
 ]  # what exec() takes
+
+
+BIGGEST = 2**63 - 1  # what the database can store
 
 
 class Shape(BaseModel):
@@ -179,13 +183,23 @@ class PipelineLink(Exact):
     key: str | None = None
 
 
+# A name alone means `blocks`; checked as one shape, so that a mistake is named by its field.
+Upstream = Annotated[
+    PipelineLink,
+    BeforeValidator(
+        lambda given: {"task": given} if isinstance(given, str) else given,
+        json_schema_input_type=str | PipelineLink,
+    ),
+]
+
+
 class PipelineTask(TaskFields):
     model_config = ConfigDict(extra="forbid")
     id: Name
     title: Annotated[str, StringConstraints(max_length=1000)]
     repo: Word | None = None
     branch: str | None = None
-    depends_on: list[str | PipelineLink] = []
+    depends_on: list[Upstream] = []
     assign: Name | None = None
 
 
@@ -206,7 +220,7 @@ class Assignment(Shape):
 
 
 class Report(Shape):
-    attempt: Annotated[int, Field(ge=1)] | None = None
+    attempt: Annotated[int, Field(ge=1, le=BIGGEST)] | None = None
 
 
 class Completion(Report):
@@ -257,7 +271,7 @@ class Page(Shape):
     server: str | None = None
     pipeline_id: str | None = None
     limit: Annotated[int, Field(ge=1, le=1000)] = reading.LIST_LIMIT
-    cursor: Annotated[int, Field(ge=0)] | None = None
+    cursor: Annotated[int, Field(ge=0, le=BIGGEST)] | None = None
 
 
 class SessionPage(Shape):
@@ -267,7 +281,7 @@ class SessionPage(Shape):
 
 
 class EventPage(Shape):
-    after: Annotated[int, Field(ge=0)] = 0
+    after: Annotated[int, Field(ge=0, le=BIGGEST)] = 0
     task_id: str | None = None
     project_id: str | None = None
     limit: Annotated[int, Field(ge=1, le=1000)] = 200
@@ -282,7 +296,7 @@ class Cascading(Shape):
 
 
 class OutputPage(Shape):
-    offset: Annotated[int, Field(ge=0)] = 0
+    offset: Annotated[int, Field(ge=0, le=BIGGEST)] = 0
 
 
 def given(shape: BaseModel) -> dict:
@@ -470,53 +484,46 @@ def poll_tasks():
     return {"tasks": sessions.assigned_tasks(server_caller())}
 
 
-@bp.get("/servers")
-@bp.input(ProjectPage, location="query")
+@work.get("/servers")
+@work.input(ProjectPage, location="query")
 def list_servers(query_data: ProjectPage):
     """The servers of the project named, or of all the caller can see."""
     return {"servers": sessions.list_servers(project_ids(query_data.project_id))}
 
 
-@work.get("/servers")
-@work.input(ProjectPage, location="query")
-def list_servers_for_work(query_data: ProjectPage):
-    """The same list for sessions on a server."""
-    return {"servers": sessions.list_servers(project_ids(query_data.project_id))}
-
-
-@bp.get("/servers/<ref>")
+@work.get("/servers/<ref>")
 def get_server(ref):
     """One server by id, unique prefix or name."""
     return sessions.server_json(sessions.get_server(caller(), ref))
 
 
-@bp.patch("/servers/<ref>")
-@bp.input(ServerChange)
+@work.patch("/servers/<ref>")
+@work.input(ServerChange)
 def change_server(ref, json_data: ServerChange):
     """Rename a server, declare what it can do, set its slots, or start workers by hand only."""
     return sessions.server_json(sessions.change_server(caller(), ref, changes(json_data)))
 
 
-@bp.delete("/servers/<ref>")
+@work.delete("/servers/<ref>")
 def delete_server(ref):
     """Revoke a server; its history stays."""
     sessions.revoke(caller(), ref)
     return {"deleted": True}
 
 
-@bp.post("/servers/<ref>/drain")
+@work.post("/servers/<ref>/drain")
 def drain_server(ref):
     """Give the server no new work."""
     return sessions.server_json(sessions.drain(caller(), ref))
 
 
-@bp.post("/servers/<ref>/resume")
+@work.post("/servers/<ref>/resume")
 def resume_server(ref):
     """Give the server work again."""
     return sessions.server_json(sessions.resume(caller(), ref))
 
 
-@bp.post("/servers/<ref>/revoke")
+@work.post("/servers/<ref>/revoke")
 def revoke_server(ref):
     """Take the server's key away for good; its work is routed anew."""
     return sessions.server_json(sessions.revoke(caller(), ref))
@@ -812,7 +819,7 @@ def stream_events():
     """Events as they are committed (SSE); `Last-Event-ID` or `?after=` resumes without loss."""
     who = caller()
     after = request.headers.get("Last-Event-ID") or request.args.get("after")
-    start = int(after) if after and after.isdigit() else None
+    start = min(int(after), BIGGEST) if after and re.fullmatch("[0-9]{1,20}", after) else None
     headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
     return Response(_stream(who, start), mimetype="text/event-stream", headers=headers)
 

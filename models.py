@@ -343,17 +343,16 @@ def _begin() -> Transaction:
 
 @contextmanager
 def _savepoint(tx: Transaction):
-    name = f"s{len(tx.events)}_{len(tx.messages)}"
     marks = len(tx.events), len(tx.messages)
-    execute(f"SAVEPOINT {name}")
+    execute("SAVEPOINT block")
     try:
         yield
     except BaseException:
-        execute(f"ROLLBACK TO {name}")
-        execute(f"RELEASE {name}")
+        execute("ROLLBACK TO block")
+        execute("RELEASE block")
         del tx.events[marks[0] :], tx.messages[marks[1] :]
         raise
-    execute(f"RELEASE {name}")
+    execute("RELEASE block")
 
 
 def _store_events(tx: Transaction) -> int:

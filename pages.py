@@ -334,8 +334,9 @@ def create_project():
     name = _text("name", 2 * NAME_MOST)
     if not name:
         raise Invalid("A project needs a name that is not empty.", field="name")
+    first = not visible()
     made = auth.create_project(person(), name)
-    return go(url_for("pages.overview", project=made["id"] if len(visible()) else None))
+    return go(url_for("pages.overview", project=None if first else made["id"]))
 
 
 # ── servers ───────────────────────────────────────────────────────────────────────────────────

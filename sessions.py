@@ -6,6 +6,7 @@ the tables SPOOLED and PASSING, whichever carrier brought them.
 """
 
 import logging
+import sqlite3
 import threading
 import time
 from base64 import b64decode
@@ -500,6 +501,8 @@ def _believed_alive(server_id: str) -> list[dict]:
 
 def list_sessions(project_ids: list[str], *, every: bool = False, status: str | None = None):
     """Session rows as JSON, newest first: the live ones, or every one of the last 500."""
+    if status and status not in cascade.SESSION_STATES:
+        raise Invalid(f"Unknown status {status!r}: use one of {', '.join(cascade.SESSION_STATES)}.")
     marks = ", ".join("?" * len(project_ids))
     states = [status] if status else sorted(cascade.SESSION_LIVE | {"lost"})
     where = "" if every and not status else f" AND state IN ({', '.join('?' * len(states))})"
@@ -852,6 +855,18 @@ COMPOSE = {
     "task_status_update": _compose_plain,
 }
 
+# What a frame can raise whose fields are missing or of the wrong kind.
+MALFORMED = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+)
+
 # ── frames in ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -999,7 +1014,7 @@ def _handle(tx: Transaction, caller: Caller, frame: dict) -> None:
             handler(tx, caller, frame)
     except (Refused, cascade.RuleBroken) as refused:
         log.info("%s: %s not taken: %s", caller.name, frame.get("type"), refused)
-    except (KeyError, TypeError, ValueError) as broken:
+    except MALFORMED as broken:
         log.warning("%s: malformed %s: %r", caller.name, frame.get("type"), broken)
 
 
@@ -1134,7 +1149,7 @@ def take_passing(caller: Caller, frame: dict) -> list[dict]:
         return []
     try:
         return handler(caller, frame) or []
-    except (NotFound, KeyError, TypeError, ValueError) as broken:
+    except (NotFound, *MALFORMED) as broken:
         log.warning("%s: %s not taken: %s", caller.name, frame.get("type"), broken)
         return []
 

@@ -12,7 +12,7 @@ import models
 import sessions
 from api import server_caller
 from auth import Caller
-from models import Conflict, bus
+from models import Conflict, Invalid, bus
 
 bp = APIBlueprint("wire", __name__, tag="Agents")
 
@@ -86,7 +86,7 @@ class Links:
             link = self._links.get(server_id)
             if link and link.instance == instance:
                 return link
-            if instance in self._past.get(server_id, ()):
+            if link and not link.silent and instance in self._past.get(server_id, ()):
                 raise Conflict(
                     "A newer agent has connected with this server's key: this one steps back. "
                     "Run one agent per state directory.",
@@ -186,11 +186,20 @@ def receive(caller: Caller, frames: list[dict]) -> list[dict]:
         if spooled:
             answers.append(_take(caller, spooled))
             spooled = []
-        handler = OPENING.get(frame.get("type"))
-        answers += handler(caller, frame) if handler else sessions.take_passing(caller, frame)
+        opening = OPENING.get(frame.get("type"))
+        answers += (
+            _opened(opening, caller, frame) if opening else sessions.take_passing(caller, frame)
+        )
     if spooled:
         answers.append(_take(caller, spooled))
     return answers
+
+
+def _opened(handler, caller: Caller, frame: dict) -> list[dict]:
+    try:
+        return handler(caller, frame)
+    except sessions.MALFORMED as broken:
+        raise Invalid(f"The {frame['type']} frame is malformed: {broken!r}.") from broken
 
 
 def _take(caller: Caller, spooled: list[dict]) -> dict:

@@ -163,7 +163,7 @@ def _insert(tx: Transaction, caller: Caller, project: dict, data: dict) -> dict:
         "max_attempts": data.get("max_attempts") or 1,
         "retry_delay_s": data.get("retry_delay_s") or 0,
         **{clock: data.get(clock) for clock in CLOCKS},
-        "source_session_id": caller.session_id or _orderer(caller, project, data),
+        "source_session_id": _orderer(caller, project, data.get("session_id")),
         "created_by": caller.actor,
         "created_at": tx.now,
         "updated_at": tx.now,
@@ -183,16 +183,6 @@ def _insert(tx: Transaction, caller: Caller, project: dict, data: dict) -> dict:
         task=task["id"],
     )
     return moves.row(task["id"])
-
-
-def _orderer(caller: Caller, project: dict, data: dict) -> str | None:
-    """The session of this project that is told how the task ends. Raises NotFound."""
-    if not data.get("session_id"):
-        return None
-    session = find("session", caller, data["session_id"], name="name")
-    if session["project_id"] != project["id"]:
-        raise NotFound(f"There is no session {data['session_id']!r} in this project.")
-    return session["id"]
 
 
 def _orderer(caller: Caller, project: dict, given: str | None) -> str | None:
@@ -526,10 +516,9 @@ def fail(caller: Caller, ref: str, error: str, attempt: int | None = None) -> di
 
 
 def _report(caller: Caller, ref: str, verb: str, report, attempt, then) -> dict:
-    task = find("task", caller, ref)
-    require(caller, "task.report", task["project_id"], "task")
     with transaction() as tx:
-        task = moves.row(task["id"])
+        task = find("task", caller, ref)
+        require(caller, "task.report", task["project_id"], "task")
         if attempt is None and caller.task_id == task["id"]:
             attempt = caller.attempt
         past = _past(task, attempt)
@@ -546,6 +535,8 @@ def _report(caller: Caller, ref: str, verb: str, report, attempt, then) -> dict:
 def _past(task: dict, attempt: int | None) -> dict | None:
     """How an attempt that has ended, ended; the present one when none is named."""
     number = task["attempt"] if attempt is None else attempt
+    if number == task["attempt"] and task["status"] not in cascade.FINAL:
+        return None
     return one("SELECT * FROM attempt WHERE task_id = ? AND number = ?", (task["id"], number))
 
 
@@ -670,7 +661,7 @@ def _owed(task: dict) -> dict[str, dict]:
     spec = loads(task["structured_spec"]) or {}
     owed = dict(spec.get("expected_contracts") or {})
     for (key,) in execute(
-        "SELECT DISTINCT key FROM dependency WHERE upstream_id = ? AND kind = 'input'",
+        "SELECT key FROM dependency WHERE upstream_id = ? AND kind = 'input'",
         (task["id"],),
     ):
         owed.setdefault(key, {})

@@ -45,13 +45,21 @@ class HubRequest(Request):
 
 
 class HubJSON(DefaultJSONProvider):
-    """JSON without NaN and Infinity in either direction."""
+    """JSON without NaN and Infinity in either direction, and of whole characters only."""
 
     sort_keys = False
     ensure_ascii = False
 
     def loads(self, s, **kwargs):
-        return json.loads(s, parse_constant=_no_constant, **kwargs)
+        text = s.decode() if isinstance(s, bytes) else s
+        value = json.loads(text, parse_constant=_no_constant, **kwargs)
+        if "\\ud" in text or "\\uD" in text:  # may be half of a character, which nothing can show
+            value = json.loads(_whole(json.dumps(value, ensure_ascii=False)))
+        return value
+
+
+def _whole(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _no_constant(name: str):
@@ -179,6 +187,10 @@ def _invalid_request(error: HTTPError):
     return answer(422, f"{where}{messages[0]}.", "invalid", fields)
 
 
+def _too_deep(_error: RecursionError):
+    return answer(422, "The request is nested too deeply: flatten it.", "invalid")
+
+
 def _broken(error: Exception):
     log.exception("%s %s failed", request.method, request.path)
     return answer(
@@ -206,4 +218,5 @@ def init_app(app) -> None:
     app.register_error_handler(Refused, _refused)
     app.register_error_handler(cascade.RuleBroken, _rule_broken)
     app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(RecursionError, _too_deep)
     app.register_error_handler(Exception, _broken)

@@ -17,10 +17,13 @@
     }
   }
 
-  // The live parts of a page change in place: what a person opened stays open.
+  // The live parts of a page change in place: what a person opened stays open, what they were
+  // told stays there.
   Idiomorph.defaults.ignoreActiveValue = true;
   Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, element) =>
     !(name === "open" && element.matches("details, dialog"));
+  Idiomorph.defaults.callbacks.beforeNodeMorphed = (old) =>
+    !(old instanceof Element && old.matches(".notice:not(:empty)"));
 
   async function copy(button) {
     const field = document.getElementById(button.dataset.copy);
@@ -36,7 +39,9 @@
 
   function showDialog(id) {
     const dialog = document.getElementById(id);
-    if (dialog instanceof HTMLDialogElement && !dialog.open) dialog.showModal();
+    if (!(dialog instanceof HTMLDialogElement)) return false;
+    if (!dialog.open) dialog.showModal();
+    return true;
   }
 
   document.addEventListener("click", (event) => {
@@ -83,9 +88,7 @@
 
   document.addEventListener("htmx:beforeRequest", (event) => {
     const { requestConfig } = event.detail;
-    if (requestConfig.verb === "get") return;
     noticeFor(requestConfig).replaceChildren();
-    document.getElementById("notice").replaceChildren();
   });
 
   document.addEventListener("htmx:sendError", (event) => {
@@ -97,5 +100,7 @@
   document.addEventListener("htmx:afterSwap", () => localise(document));
   localise(document);
   document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
-  if (window.location.hash) showDialog(window.location.hash.slice(1));
+  if (window.location.hash && showDialog(window.location.hash.slice(1))) {
+    window.history.replaceState(null, "", window.location.pathname + window.location.search);
+  }
 })();

@@ -232,7 +232,8 @@ def test_a_listener_that_raises_never_undoes_the_deed(world, monkeypatch, caplog
         raise RuntimeError("the listener is broken")
 
     monkeypatch.setattr(models.bus, "publish", broken)
-    world.task("A")
+    with models.bus.subscribe("events"):
+        world.task("A")
     assert world.status("A") == "pending"
     assert "publishing failed" in caplog.text
 
