@@ -30,7 +30,7 @@ demo: $(VENV)/run
 	@CHECK=$(CHECK) $(PY) scripts/demo.py
 
 test: $(VENV)/dev check
-	@scripts/need.sh tmux=tmux git=git chromium=chromium chromedriver=chromium-driver
+	@scripts/need.sh tmux=tmux git=git chromium=chromium
 	$(PY) -m pytest
 
 check: $(VENV)/dev

@@ -52,6 +52,7 @@ RESEND_S = 10.0
 TYPING_S = 15.0  # how long a typed text may take to be confirmed
 COMMANDS_AT_ONCE = 200
 BLOCK_MOST = 64 * 1024
+SLOTS_MOST = 10_000
 
 # ── servers ───────────────────────────────────────────────────────────────────────────────────
 
@@ -906,7 +907,9 @@ def _update_capabilities(server: dict, has: dict, instance: str) -> None:
     if "repos" in has:
         columns["repos"] = _repos(has["repos"])
     columns |= {kind: has[kind] for kind in cascade.LISTS if kind in has}
-    columns |= {k: has[k] for k in ("slots", "profiles", "os") if has.get(k)}
+    columns |= {k: has[k] for k in ("profiles", "os") if has.get(k)}
+    if has.get("slots") and isinstance(has["slots"], int):
+        columns["slots"] = min(max(has["slots"], 1), SLOTS_MOST)
     Server.update(**columns).where(Server.id == server["id"]).execute()
 
 

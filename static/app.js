@@ -37,10 +37,14 @@
     }
   }
 
+  const fresh = new WeakMap(); // dialog: as it was before it was opened
+
   function showDialog(id) {
     const dialog = document.getElementById(id);
     if (!(dialog instanceof HTMLDialogElement)) return false;
-    if (!dialog.open) dialog.showModal();
+    if (dialog.open) return true;
+    fresh.set(dialog, dialog.cloneNode(true));
+    dialog.showModal();
     return true;
   }
 
@@ -56,7 +60,10 @@
   document.addEventListener(
     "close",
     (event) => {
-      if (event.target.querySelector("#arrival")) window.location.reload();
+      const again = fresh.get(event.target);
+      if (!again) return;
+      event.target.replaceWith(again);
+      htmx.process(again);
     },
     true,
   );
