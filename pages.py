@@ -135,7 +135,7 @@ def _shared() -> dict:
         "project_names": {p["id"]: p["name"] for p in visible()},
         "can": partial(auth.can, me) if me else lambda *_: False,
         "here": _here(),
-        "last_event": g.get("last_event", 0),
+        "last_event": g.get("last_event") or (reading.last_event_id() if me else 0),
         "event_types": " ".join(WORDS),
     }
 

@@ -471,6 +471,8 @@ def move(tx: Transaction, session: dict, verb: str, actor: str, **changes) -> di
         f"UPDATE session SET {', '.join(f'{c} = ?' for c in changed)} WHERE id = ?",
         (*changed.values(), session["id"]),
     )
+    if goal in ("closed", "failed"):
+        tx.tell("access")  # its key has died with it
     details = {"name": session["name"], "tmux": session["tmux_name"], "pid": after["pid"]}
     details |= {k: changes[k] for k in ("exit_code", "error", "reason") if k in changes}
     _session_event(tx, after, EVENT_OF[verb], actor, details)

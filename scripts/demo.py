@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from processes import PATIENCE_S, ROOT, Client, Processes, clean_env, until
+from processes import PATIENCE_S, ROOT, Client, Processes, clean_env, until, wait_for_the_end
 
 AGENTS = {
     "dev-backend": [
@@ -184,7 +184,7 @@ def main() -> int:
             return 1 if problems else 0
         print(f"\nDashboard: {demo.url}   user: admin   password: {demo.password}")
         print("Ctrl-C ends the demo and removes everything it made.")
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        wait_for_the_end()
         return 0
     finally:
         demo.stop()

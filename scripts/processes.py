@@ -24,6 +24,14 @@ def until(condition, what: str, seconds: float = PATIENCE_S):
     return value
 
 
+def wait_for_the_end() -> None:
+    """Return at Ctrl-C or SIGTERM, also where a shell has them ignored in the background."""
+    ends = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    signal.sigwait(ends)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+
+
 def clean_env(**more: str) -> dict:
     """This environment without settings of another hub or session, and no proxy for loopback."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("ORCHESTRATIA_")}

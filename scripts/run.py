@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from processes import ROOT, Client, Processes, clean_env, until
+from processes import ROOT, Client, Processes, clean_env, until, wait_for_the_end
 
 HOME = Path.home()
 DATA = Path(os.environ.get("ORCHESTRATIA_DATA", HOME / ".local/share/orchestratia"))
@@ -63,7 +63,7 @@ def main() -> int:
         print(f"Terminal: {sys.executable} cli.py login '{login_link()}'")
         print(f"Logs:     {logs}")
         print("Ctrl-C stops hub and agent; sessions go on in tmux and are found again.", flush=True)
-        signal.sigwait({signal.SIGINT})
+        wait_for_the_end()
         return 0
     finally:
         processes.stop()

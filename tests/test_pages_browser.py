@@ -516,7 +516,7 @@ def test_nothing_between_the_page_and_its_stream_is_missed(shop, page):
         shop.api("DELETE", f"tasks/{made['id']}")
         route.continue_()
 
-    page.route("**/events/stream*", late)
+    page.route("**/events/stream*", late, times=1)
     page.goto("/tasks")
     expect(page.locator("tbody tr")).to_contain_text("cancelled")
 
@@ -578,6 +578,8 @@ def test_what_is_not_there_says_so(hub, page, problems):
         expect(page.get_by_role("heading", level=1)).to_have_text(
             "Not accepted" if "status" in path else "Not here"
         )
+        after = page.locator("meta[name=events]").get_attribute("data-after")
+        assert int(after) > 0, "the page would hear the whole log again"
     forgive(problems, 404)
     forgive(problems, 422)
 
