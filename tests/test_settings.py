@@ -1,0 +1,126 @@
+"""Flags before environment before hub.yaml; what cannot be used is said in one sentence."""
+
+import subprocess
+import sys
+
+import pytest
+
+import hub
+from conftest import ROOT
+
+DEFAULTS = {name: default for name, default, _ in hub.SETTINGS}
+
+
+def read(tmp_path, flags=None, environ=None, file=None) -> dict:
+    if file is not None:
+        (tmp_path / "hub.yaml").write_text(file)
+    return hub.read_settings({"data": str(tmp_path)} | (flags or {}), environ or {})
+
+
+def test_without_anything_the_defaults_stand(tmp_path):
+    assert read(tmp_path) == DEFAULTS | {"data": tmp_path}
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "file", "port"),
+    [
+        ({}, {}, None, 8080),
+        ({}, {}, "port: 1", 1),
+        ({}, {"ORCHESTRATIA_PORT": "2"}, "port: 1", 2),
+        ({"port": "3"}, {"ORCHESTRATIA_PORT": "2"}, "port: 1", 3),
+        ({"port": None}, {}, "port: 1", 1),
+        ({"port": 0}, {}, "port: 1", 0),
+    ],
+)
+def test_a_flag_counts_before_the_environment_before_the_file(tmp_path, flags, environ, file, port):
+    assert read(tmp_path, flags, environ, file)["port"] == port
+
+
+def test_the_data_directory_may_come_from_the_environment(tmp_path):
+    (tmp_path / "hub.yaml").write_text("tick_s: 2")
+    settings = hub.read_settings({}, {"ORCHESTRATIA_DATA": str(tmp_path)})
+    assert (settings["data"], settings["tick_s"]) == (tmp_path, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("environ", "file", "fragment"),
+    [
+        ({"ORCHESTRATIA_PORT": "eighty"}, None, "port must be a int"),
+        ({}, "tick_s: soon", "tick_s must be a float"),
+        ({}, "tick_s: [1]", "tick_s must be a float"),
+        ({}, "prot: 1", "unknown settings: prot"),
+        ({}, "port: [", "is not valid YAML"),
+        ({}, "just words", "hub.yaml"),
+        ({}, "- a\n- b", "hub.yaml"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_a_sentence(tmp_path, environ, file, fragment):
+    with pytest.raises(hub.BadSetting, match=fragment):
+        read(tmp_path, {}, environ, file)
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf"])
+@pytest.mark.parametrize("name", ["tick_s", "due_s", "offline_after_s", "heartbeat_s"])
+def test_an_interval_must_be_a_time_that_can_pass(tmp_path, name, value):
+    with pytest.raises(hub.BadSetting, match=name):
+        read(tmp_path, {name: value})
+
+
+@pytest.mark.parametrize("value", ["-1", "65536"])
+def test_a_port_must_be_one(tmp_path, value):
+    with pytest.raises(hub.BadSetting, match="port"):
+        read(tmp_path, {"port": value})
+
+
+def test_the_log_level_must_be_one(tmp_path):
+    with pytest.raises(hub.BadSetting, match="log_level"):
+        read(tmp_path, {"log_level": "LOUD"})
+
+
+def run(*arguments, env=None):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "hub.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env=env,
+    )
+
+
+def test_a_wrong_flag_ends_the_hub_with_one_sentence(tmp_path):
+    ended = run("--data", str(tmp_path), "--port", "eighty")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("hub.py: port must be")
+    assert "Traceback" not in ended.stderr
+
+
+def test_help_names_every_setting():
+    helped = run("--help").stdout
+    for name in DEFAULTS:
+        assert f"--{name.replace('_', '-')}" in helped
+
+
+def test_a_port_that_is_taken_is_said(tmp_path, hub):
+    port = hub.url.rpartition(":")[2]
+    ended = run("--data", str(tmp_path / "other"), "--port", port)
+    assert ended.returncode == 1
+    assert "Is another hub running?" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_first_start_without_a_password_prints_a_link_that_works_once(tmp_path, hub):
+    import requests
+
+    ended = run("--data", str(hub.data), "--login-link")
+    assert ended.returncode == 0, ended.stderr
+    token = ended.stdout.strip().partition("token=")[2]
+    url = f"{hub.url}/api/v1/auth/login"
+    first = requests.post(url, json={"login_token": token}, timeout=10)
+    assert first.json()["user"]["username"] == "admin"
+    again = requests.post(url, json={"login_token": token}, timeout=10)
+    assert (again.status_code, again.json()["code"]) == (401, "unauthorised")
+
+
+def test_the_hub_ends_cleanly_when_told_to(hub):
+    assert hub.stop() == 0
+    assert "Traceback" not in "".join(hub.lines)
