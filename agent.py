@@ -27,6 +27,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import logging
 import logging.handlers
@@ -76,11 +77,11 @@ WINDOW_BYTES = 1024 * KB  # of one log, sent and not yet acknowledged
 CALL_BYTES = 2048 * KB  # of log in one call, so that a call stays far below the hub's limit
 SPOOL_BATCH = 200  # spooled frames in one call
 JOURNAL_KEPT = 10_000  # protocol/v2: handled commands remembered per hub epoch
-RESULT_BYTES = 8 * KB * KB
+RESULT_BYTES = 4 * KB * KB  # as JSON, so that one report stays far below what a hub takes
+SPOOL_BYTES = 8 * KB * KB  # spooled frames in one call, at least one
 HISTORY_LINES = 50_000
 INPUT_CHUNK = 1 * KB  # bytes of raw input per tmux call; each takes three of its argument space
 MEND_PAUSE_S = 5  # a pipe that dies at once (disk full) is not mended at every look
-NOTICE_CHARS = 200
 ERROR_LINES = 20
 NO_SCREEN = (0, None, -math.inf)  # size of the log, lines, time
 
@@ -334,12 +335,13 @@ def system_info():
 
 def declared(config):
     """What this server says of itself for routing; a list never declared is null: unknown."""
-    return {
-        "languages": config.get("languages"),
-        "frameworks": config.get("frameworks"),
-        "capabilities": config.get("capabilities"),
-        "slots": config.get("slots") or (os.cpu_count() or 1) + 2,
-    }
+    lists = {name: config.get(name) for name in ("languages", "frameworks", "capabilities")}
+    for name, values in lists.items():
+        if values is not None and not (
+            isinstance(values, list) and all(isinstance(value, str) for value in values)
+        ):
+            raise AgentError(f"`{name}` in the config file must be a list of words: [a, b].")
+    return {**lists, "slots": config.get("slots") or (os.cpu_count() or 1) + 2}
 
 
 def clean_environment():
@@ -370,6 +372,8 @@ class Hub:
             response = self._connection().post(
                 f"{self.url}/api/v1/{path}", json=body, timeout=(5, timeout), allow_redirects=False
             )
+        except requests.exceptions.InvalidJSONError as error:
+            raise HubError(f"What was to be sent is not JSON: {error}") from error
         except requests.RequestException as error:
             raise HubUnreachable(
                 f"The hub at {self.url} cannot be reached ({self._reason(error)}). "
@@ -518,11 +522,14 @@ class Store:
 
     @staticmethod
     def _append(db, frame):
-        return db.execute("INSERT INTO spool (frame) VALUES (?)", (json.dumps(frame),)).lastrowid
+        text = json.dumps(frame, allow_nan=False)
+        return db.execute("INSERT INTO spool (frame) VALUES (?)", (text,)).lastrowid
 
     def spooled_after(self, n, limit=SPOOL_BATCH):
         rows = self._rows("SELECT n, frame FROM spool WHERE n > ? ORDER BY n LIMIT ?", n, limit)
-        return [{**json.loads(frame), "spool": n} for n, frame in rows]
+        sizes = itertools.accumulate(len(frame) for _, frame in rows)
+        fitting = sum(size <= SPOOL_BYTES for size in sizes)
+        return [{**json.loads(frame), "spool": n} for n, frame in rows[: max(1, fitting)]]
 
     def spool_first(self):
         """The lowest number still held, or the next one if all are acknowledged."""
@@ -810,7 +817,11 @@ class Tail:
     sent_at: float = 0.0
 
     def size(self):
-        return os.path.getsize(self.path)
+        """Bytes on the disk; what was sent if somebody has deleted the file."""
+        try:
+            return os.path.getsize(self.path)
+        except OSError:
+            return self.sent
 
 
 class Logs:
@@ -877,9 +888,12 @@ class Logs:
     @staticmethod
     def _read(session_id, tail, most):
         most = min(most, tail.acked + WINDOW_BYTES - tail.sent)
-        with tail.path.open("rb") as file:
-            file.seek(tail.sent)
-            data = file.read(most)
+        try:
+            with tail.path.open("rb") as file:
+                file.seek(tail.sent)
+                data = file.read(most)
+        except OSError:
+            return []  # somebody has deleted it; the other sessions go on
         at = now_iso()
         blocks = [
             {
@@ -954,8 +968,7 @@ class Outgoing:
         frames = self.store.spooled_after(self._spool_sent)
         if frames:
             self._spool_sent, self._spool_sent_at = frames[-1]["spool"], now
-        if len(frames) == SPOOL_BATCH:
-            self.wake.set()
+            self.wake.set()  # there may be more
         return frames
 
 
@@ -1031,7 +1044,7 @@ class Sessions:
                 return self._say_started_again(existing)
             try:
                 self._start(order, task)
-            except (AgentError, OSError) as error:
+            except (AgentError, OSError, ValueError, TypeError, KeyError) as error:
                 self._say_not_started(order, error)
 
     def _say_started_again(self, session):
@@ -1384,10 +1397,10 @@ class Sessions:
         with self.lock:
             if session.state == "ended":
                 return
-            session.state = "ended"
             session.exit_code = exit_code
             session.log_end = self.log_size(session)
             frames = [self._outcome(session)] if self._owes_outcome(session) else []
+            session.state = "ended"
             self.store.save(session, *frames, self._closed(session))
         self.tmux.kill_session(session.tmux_name)
         for memory in self._memories:
@@ -1462,7 +1475,9 @@ class Sessions:
     def sweep(self, session):
         """Forget a session whose end and output the hub has."""
         acked = self.logs.acked(session.session_id)
-        if session.state != "ended" or acked is None or acked < session.log_end:
+        if session.state != "ended" or session.closed_spool is None:
+            return
+        if acked is None or acked < min(session.log_end, self.log_size(session)):
             return
         if session.closed_spool < self.store.spool_first():
             self._forget(session)
@@ -1516,12 +1531,16 @@ class Sessions:
 
 def valid_session_id(session_id):
     """The id, if it is a UUID: it names a directory and a tmux session."""
+    return valid_id(session_id, "a session")
+
+
+def valid_id(given, what):
     try:
-        if str(uuid.UUID(session_id)) == session_id:
-            return session_id
+        if str(uuid.UUID(given)) == given:
+            return given
     except (ValueError, AttributeError, TypeError):
         pass
-    raise AgentError(f"'{printable(session_id, 60)}' is not the id of a session.")
+    raise AgentError(f"'{printable(given, 60)}' is not the id of {what}.")
 
 
 def parse_profiles(texts):
@@ -1587,19 +1606,30 @@ def read_result(path):
         return {"summary": "exit 0"}
     except OSError as error:
         raise AgentError(f"The result file cannot be read: {error.strerror}.") from error
-    if len(data) > RESULT_BYTES:
-        raise AgentError(f"The result file is larger than {RESULT_BYTES} bytes: keep it smaller.")
-    text = data.decode("utf-8", "replace")
+    result = parse_result(data.decode("utf-8", "replace"))
+    if len(data) > RESULT_BYTES or len(json.dumps(result)) > RESULT_BYTES:
+        raise AgentError(f"The result is larger than {RESULT_BYTES} bytes: keep it smaller.")
+    return result
+
+
+def parse_result(text):
+    """JSON that the hub will take, else the text itself as the summary."""
     try:
-        return json.loads(text)
-    except ValueError:
+        result = json.loads(text)
+        json.dumps(result, allow_nan=False)
+    except (ValueError, RecursionError):
         return {"summary": text.strip()}
+    return result
 
 
 def read_end(path, size=16 * KB):
-    with path.open("rb") as file:
-        file.seek(max(0, os.path.getsize(path) - size))
-        return file.read(size)
+    """The last bytes of a log; nothing when it is gone."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.path.getsize(path) - size))
+            return file.read(size)
+    except OSError:
+        return b""
 
 
 def exit_sentence(code):
@@ -1636,20 +1666,18 @@ def signal_process(pid, number):
 # ---------------------------------------------------------------------------- agent
 
 
+# Typed into whatever runs there, perhaps a shell: fixed words and an id, nothing anybody wrote.
 NOTICES = {
-    "task_assigned": "New task assigned: {title}. Run: orchestratia task view {id}",
-    "task_updated": "Task updated: {title}. Run: orchestratia task view {id}",
-    "task_cancelled": "Task cancelled: {title}. Stop working on it. ({id})",
-    "task_status_update": "Task {status}: {title}. Run: orchestratia task view {id}",
+    "task_assigned": "New task for you. Run: orchestratia task view {}",
+    "task_updated": "Your task was changed. Run: orchestratia task view {}",
+    "task_cancelled": "Your task was cancelled, stop working on it: {}",
+    "task_status_update": "A task you ordered has ended. Run: orchestratia task view {}",
 }
 
 
-def notice(kind, task_id, title, status=""):
-    return NOTICES[kind].format(
-        title=printable(title, NOTICE_CHARS),
-        id=printable(task_id, 36),
-        status=printable(status, 20),
-    )
+def notice(kind, task_id):
+    """The line that tells a session of a task. Raises AgentError unless the id is one."""
+    return NOTICES[kind].format(valid_id(task_id, "a task"))
 
 
 class Agent:
@@ -1807,7 +1835,7 @@ class Agent:
             attempt = {"task_id": task["id"], "attempt": frame.get("attempt")}
             self.sessions.start({**frame["start"], **attempt}, task)
         elif frame.get("session_id"):
-            self._notify({**frame, "task_id": task["id"]}, task.get("title", ""))
+            self._notify({**frame, "task_id": task["id"]})
 
     def _task_cancelled(self, frame):
         session = self.sessions.all.get(frame["session_id"])
@@ -1823,14 +1851,11 @@ class Agent:
         if session is not None and not session.ends_task:
             self._notify(frame)
 
-    def _notify(self, frame, title=""):
+    def _notify(self, frame):
         """Type a line about a task; a crash from here on leaves it unknown, never repeated."""
         self.store.begin(frame["epoch"], frame["id"])
-        session = self.sessions.all.get(frame["session_id"])
-        title = title or frame.get("title") or (session.title if session else "")
         try:
-            text = notice(frame["type"], frame["task_id"], title, frame.get("status", ""))
-            self.sessions.type(frame["session_id"], text)
+            self.sessions.type(frame["session_id"], notice(frame["type"], frame["task_id"]))
         except AgentError as error:
             self._not_delivered(frame, "not_delivered", str(error))
 
@@ -2154,6 +2179,7 @@ def run(args):
             f"This server is not registered: {config_path} holds no key. Make a registration "
             "token on the hub and run: python agent.py --register TOKEN"
         )
+    declared(config)  # said now, not at every connection
     state_dir = make_private_dir(state_dir_of(args, config))
     with hold(state_dir):
         log_to(state_dir, args.verbose)

@@ -82,7 +82,7 @@ class Bus:
                     self._topics.pop(topic, None)
 
     def heard(self, topic: str) -> bool:
-        """Whether anybody listens to the topic just now: a message nobody hears need not be made."""
+        """Whether anybody listens to the topic: a message nobody hears need not be made."""
         with self._lock:
             return topic in self._topics
 

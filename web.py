@@ -210,6 +210,7 @@ def _headers(response):
 
 def init_app(app) -> None:
     app.request_class = HubRequest
+    app.tags = ["Hub", "Work", "Agents"]  # by itself it names one twice that is mounted twice
     app.json = HubJSON(app)
     app.url_map.strict_slashes = False
     app.before_request(check_own)

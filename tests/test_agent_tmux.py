@@ -679,10 +679,11 @@ def test_resize_reaches_the_program(agent, wire):
 def test_a_task_for_an_existing_session_is_typed_as_one_line(agent, wire):
     session_id = agent.python(READER)
     wire.report("session_started", session_id=session_id)
-    task = {"id": "1234abcd", "title": "Do\x1b[31m; touch canary\nnow"}
+    task_id = "0b7e4a52-4c1d-4f0e-9d3a-6a1f0e9c7b21"
+    task = {"id": task_id, "title": "Do\x1b[31m; touch canary\nnow"}
     wire.command("task_assigned", task=task, attempt=1, require_plan=False, session_id=session_id)
-    line = b"New task assigned: Do [31m; touch canary now. Run: orchestratia task view 1234abcd"
-    until(lambda: line in wire.output(session_id))
+    line = f"New task for you. Run: orchestratia task view {task_id}"
+    until(lambda: line.encode() in wire.output(session_id))
     assert not (agent.work / "canary").exists()
 
 

@@ -164,11 +164,37 @@ def test_pauses_grow_to_the_limit_and_start_again():
 # ---------------------------------------------------------------------------- text
 
 
-def test_titles_lose_what_could_act_as_keys_and_are_bounded():
+def test_what_is_shown_loses_what_could_act_as_keys_and_is_bounded():
     assert agent.printable("a\x1b[31m\nb\x07\x9bc\u202e") == "a [31m b c"
     assert agent.printable("x" * 50, 10) == "x" * 9 + "…"
-    line = agent.notice("task_assigned", "1234abcd", "; rm -rf /\r\n" + "y" * 500)
-    assert "\r" not in line and "\n" not in line and len(line) < 300
+
+
+@pytest.mark.parametrize("kind", agent.NOTICES)
+def test_a_typed_notice_is_fixed_words_and_an_id_that_no_shell_can_be_misled_by(kind):
+    task_id = "0b7e4a52-4c1d-4f0e-9d3a-6a1f0e9c7b21"
+    line = agent.notice(kind, task_id)
+    assert task_id in line
+    assert set(line) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 .:,-")
+    with pytest.raises(AgentError, match="not the id of a task"):
+        agent.notice(kind, "x; touch canary")
+
+
+def test_a_result_that_json_cannot_carry_is_its_own_summary(tmp_path):
+    for text in ('{"v": NaN}', '{"v": 1e999}', "[" * 100_000, "plain words"):
+        (tmp_path / "result.json").write_text(text)
+        assert agent.read_result(tmp_path / "result.json") == {"summary": text}
+
+
+def test_a_result_that_grows_beyond_the_limit_as_json_is_refused(tmp_path):
+    (tmp_path / "result.json").write_bytes(b"\xff" * (agent.RESULT_BYTES // 3))
+    with pytest.raises(AgentError, match="larger than"):
+        agent.read_result(tmp_path / "result.json")
+
+
+def test_declared_lists_must_be_words():
+    for wrong in ("rust", [3.11], {"rust": 1}):
+        with pytest.raises(AgentError, match="`languages` in the config file must be a list"):
+            agent.declared({"languages": wrong})
 
 
 def test_typed_text_keeps_its_lines_and_letters_and_nothing_that_acts_as_a_key():

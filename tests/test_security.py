@@ -18,17 +18,9 @@ from test_refusals import dump
 # One character a caller: + may, 1 is 401, 3 is 403. In a project that is not theirs, everybody
 # but the hub's admin gets 404, whatever the route.
 
-CALLERS = [
-    "nobody",
-    "viewer",
-    "operator",
-    "admin",
-    "hub",
-    "server",
-    "worker",
-    "orchestrator",
-    "plain",
-]
+PEOPLE = ("viewer", "operator", "admin", "hub")
+KEYS = ("server", "worker", "orchestrator", "plain")
+CALLERS = ("nobody", *PEOPLE, *KEYS)
 SIGNED_IN = "1++++++++"
 TASK_WORK = "13++++3+3"
 REPORTING = "13+++++33"  # the task is on the server and is the worker's own
