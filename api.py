@@ -30,6 +30,7 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whit
 Word = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 Words = Annotated[list[Word], Field(max_length=100)]
 Seconds = Annotated[float, Field(ge=0, le=10 * 365 * 86400)]
+Clock = Annotated[float, Field(gt=0, le=10 * 365 * 86400)]
 Argument = Annotated[
     str, StringConstraints(max_length=100_000, pattern=r"^[^\x00]*$")
 ]  # what exec() takes
@@ -51,9 +52,9 @@ class Exact(BaseModel):
 
 
 class Login(Shape):
-    username: str = ""
-    password: str = ""
-    login_token: str | None = None
+    username: Annotated[str, StringConstraints(max_length=auth.NAME_MOST)] = ""
+    password: Annotated[str, StringConstraints(max_length=auth.PASSWORD_MOST)] = ""
+    login_token: Annotated[str, StringConstraints(max_length=1000)] | None = None
 
 
 class ProjectIn(Shape):
@@ -158,10 +159,10 @@ class TaskFields(Shape):
     on_lost: Literal[tasks.ON_LOST] | None = None
     max_attempts: Annotated[int, Field(ge=1, le=100)] | None = None
     retry_delay_s: Seconds | None = None
-    queue_timeout: Seconds | None = None
-    start_timeout: Seconds | None = None
-    progress_timeout: Seconds | None = None
-    timeout: Seconds | None = None
+    queue_timeout: Clock | None = None
+    start_timeout: Clock | None = None
+    progress_timeout: Clock | None = None
+    timeout: Clock | None = None
 
 
 class TaskIn(TaskFields):
@@ -209,7 +210,7 @@ class PipelineIn(Exact):
     description: str | None = None
     project_id: str | None = None
     project: str | None = None
-    tasks: Annotated[list[PipelineTask], Field(max_length=10_000)]
+    tasks: Annotated[list[PipelineTask], Field(max_length=5_000)]
 
 
 class Assignment(Shape):
@@ -830,14 +831,19 @@ def _stream(who: auth.Caller, after: int | None):
     A gap between ids (this reader was too slow, or two commits crossed) is read from the table.
     """
     with bus.subscribe("events", "access") as live:
-        last = reading.last_event_id() if after is None else after
+        newest = reading.last_event_id()
+        last = newest if after is None else min(after, newest)
         yield ": hello\n\n"
+        if after is not None and after > newest:  # the hub was restored: ids began anew
+            yield f"id: {newest}\nevent: reset\ndata: {{}}\n\n"
         for event in _missed(who, last):
             last = event["id"]
             yield _sse(event)
         while not live.closed:
             event = live.get(BEAT_S)
-            if event is None and not live.closed:
+            if live.closed:
+                return
+            if event is None:
                 yield ": beat\n\n"
             who = _still_allowed(who, event)
             if who is None:

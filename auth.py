@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from base64 import urlsafe_b64encode
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -185,13 +185,17 @@ def session_key(session_id: str) -> str:
     return f"orcs_{session_id}.{_sign('session', session_id)}"
 
 
+def _same(a: str, b: str) -> bool:
+    return hmac.compare_digest(a.encode(), b.encode())
+
+
 def csrf_token(token_id: str) -> str:
     """What a form of the person signed in with this token must bring along."""
     return _sign("csrf", token_id)
 
 
 def csrf_matches(caller: Caller, given: str | None) -> bool:
-    return bool(caller.token_id) and hmac.compare_digest(csrf_token(caller.token_id), given or "")
+    return bool(caller.token_id) and _same(csrf_token(caller.token_id), given or "")
 
 
 def offloop(function, *args):
@@ -257,7 +261,7 @@ def by_key(key: str) -> Caller:
 def _by_session_key(key: str) -> Caller:
     session_id = key[5:].partition(".")[0]
     found = None
-    if hmac.compare_digest(session_key(session_id), key):
+    if _same(session_key(session_id), key):
         found = one(
             "SELECT s.*, v.revoked FROM session s JOIN server v ON v.id = s.server_id"
             " WHERE s.id = ?",
@@ -296,37 +300,50 @@ def again(caller: Caller) -> Caller | None:
 TOKEN_DAYS = {"api": 90, "web": 14}
 LOGIN_LINK_S = 3600
 PASSWORD_LENGTH = 8
-TRIES, TRIES_WINDOW_S = 5, 60.0  # wrong passwords per account and address before a pause
+# Tries within the window before a pause: for one account from one address, and for one address.
+TRIES, TRIES_OF_ADDRESS, TRIES_WINDOW_S = 5, 50, 60.0
+TRIES_KEPT = 10_000  # accounts and addresses remembered; the oldest go first
+NAME_MOST, PASSWORD_MOST = 200, 1000
 _NOBODY = generate_password_hash(secrets.token_hex(16))
-_wrong: dict[tuple, deque] = {}
+_wrong: OrderedDict[tuple, deque] = OrderedDict()
 _wrong_lock = threading.Lock()
 
 
-def _check_tries(who: tuple, now: float) -> None:
+def _count_try(who: tuple, most: int, now: float) -> None:
+    """Count a try before it is looked at, so that many at once do not slip through."""
     with _wrong_lock:
-        if len(_wrong) > 10_000:
-            _wrong.clear()
-        tries = _wrong.setdefault(who, deque(maxlen=TRIES))
-        if len(tries) == TRIES and now - tries[0] < TRIES_WINDOW_S:
+        tries = _wrong.setdefault(who, deque(maxlen=most))
+        if len(tries) == most and now - tries[0] < TRIES_WINDOW_S:
             wait = int(TRIES_WINDOW_S - (now - tries[0])) + 1
             raise TooMany(
                 f"Too many wrong passwords: wait {wait} s and try again.", retry_after=wait
             )
+        tries.append(now)
+        _wrong.move_to_end(who)
+        while len(_wrong) > TRIES_KEPT:
+            _wrong.popitem(last=False)
+
+
+def _forgive(account: tuple, address: tuple) -> None:
+    with _wrong_lock:
+        _wrong.pop(account, None)
+        if _wrong.get(address):
+            _wrong[address].pop()
 
 
 def login(username: str, password: str, address: str = "", kind: str = "api") -> tuple[str, dict]:
     """Return (token, user) for the right password. Raises Unauthorised or TooMany."""
-    who, now = (username.lower(), address), time.monotonic()
-    _check_tries(who, now)
+    if len(username) > NAME_MOST or len(password) > PASSWORD_MOST:
+        raise Unauthorised("User name or password is wrong.", code="wrong_password")
+    now, account, place = time.monotonic(), (username.lower(), address), (None, address)
+    _count_try(place, TRIES_OF_ADDRESS, now)
+    _count_try(account, TRIES, now)
     user = one("SELECT * FROM user WHERE username = ?", (username,))
     stored = (user or {}).get("password_hash") or _NOBODY  # the same work for unknown names
     right = offloop(check_password_hash, stored, password)
     if not (user and right and not user["disabled"] and user["password_hash"]):
-        with _wrong_lock:
-            _wrong.setdefault(who, deque(maxlen=TRIES)).append(now)
         raise Unauthorised("User name or password is wrong.", code="wrong_password")
-    with _wrong_lock:
-        _wrong.pop(who, None)
+    _forgive(account, place)
     with transaction():
         return issue(user["id"], kind), user_json(user)
 
@@ -480,7 +497,7 @@ def _set_roles(caller: Caller, user_id: str, roles: dict[str, str]) -> None:
         if role not in ROLES:
             raise Invalid(f"Unknown role {role!r}: use one of {', '.join(ROLES)}.")
         project_id = pick_project(caller, project)["id"]
-        Membership.insert(user_id=user_id, project_id=project_id, role=role).execute()
+        Membership.replace(user_id=user_id, project_id=project_id, role=role).execute()
 
 
 # ── projects ──────────────────────────────────────────────────────────────────────────────────
@@ -597,6 +614,10 @@ def renewable(project_id: str, machine_id: str, name: str) -> Server | None:
 # ── one door to a thing ───────────────────────────────────────────────────────────────────────
 
 SHORTEST_PREFIX = 4
+ALIVE = {
+    "session": "state IN ('starting', 'active', 'disconnected', 'recovering')",
+    "server": "revoked = 0",
+}
 
 
 def find(table: str, caller: Caller, ref: str, *, name: str | None = None) -> dict:
@@ -605,25 +626,26 @@ def find(table: str, caller: Caller, ref: str, *, name: str | None = None) -> di
     ref: an id (any case, with `#` or without dashes), a unique prefix of one, or, where `name` is
     the name column, a name. Raises NotFound, or Conflict `ambiguous` with the candidates.
     """
-    what = {"user": "user"}.get(table, table)
     wanted = _id_form(ref)
-    found = rows(f"SELECT * FROM {table} WHERE id = ?", (wanted,))
-    if not found and name:
-        found = rows(f"SELECT * FROM {table} WHERE {name} = ? LIMIT 100", (ref,))
-    found = [r for r in found if can(caller, "read", r["project_id"])]
-    if not found and len(wanted) >= SHORTEST_PREFIX:
-        near = rows(
-            f"SELECT * FROM {table} WHERE id >= ? AND id < ? LIMIT 100", (wanted, wanted + "g")
-        )
-        found = [r for r in near if can(caller, "read", r["project_id"])]
-    if len(found) > 1:
-        found = _alive(found) or found
+    looks = [("id = ?", (wanted,))]
+    if name:  # where a name was used before, the one still living is meant
+        looks += [(f"{name} = ? AND {ALIVE[table]}", (ref,)), (f"{name} = ?", (ref,))]
+    if len(wanted) >= SHORTEST_PREFIX:
+        looks.append(("id >= ? AND id < ?", (wanted, wanted + "g")))
+    for where, values in looks:
+        found = [
+            row
+            for row in rows(f"SELECT * FROM {table} WHERE {where} LIMIT 100", values)
+            if can(caller, "read", row["project_id"])
+        ]
+        if found:
+            break
+    else:
+        raise NotFound(f"There is no {table} {ref!r} that you can see.")
     if len(found) == 1:
         return found[0]
-    if not found:
-        raise NotFound(f"There is no {what} {ref!r} that you can see.")
     raise Conflict(
-        f"{ref!r} fits {len(found)} {what}s: say more of the id.",
+        f"{ref!r} fits {len(found)} {table}s: say more of the id.",
         code="ambiguous",
         candidates=[{"id": r["id"], "name": r.get("name") or r.get("title")} for r in found[:20]],
     )
@@ -634,12 +656,3 @@ def _id_form(ref: str) -> str:
     if len(plain) == 32 and "-" not in plain:
         return "-".join((plain[:8], plain[8:12], plain[12:16], plain[16:20], plain[20:]))
     return plain
-
-
-def _alive(found: list[dict]) -> list[dict]:
-    """Where a name was used before, the one still living is meant."""
-    if "state" in found[0]:
-        return [r for r in found if r["state"] not in ("closed", "failed", "lost")]
-    if "revoked" in found[0]:
-        return [r for r in found if not r["revoked"]]
-    return []

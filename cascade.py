@@ -12,10 +12,13 @@ Errors raised here, all with a sentence for the user:
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from functools import lru_cache
 
 import jsonschema
+import regex
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
@@ -288,11 +291,90 @@ RESULT_SCHEMA = {
 _NO_FETCHING = Registry()
 
 
+# A schema is a stranger's program: it may take so many steps, and its patterns so long in all.
+STEPS = 250_000
+PATTERNS_S = 0.5
+
+
+class _TooMuch(Exception):
+    """A schema took more work than it may."""
+
+
+class _Budget:
+    def __init__(self):
+        self.steps, self.seconds = STEPS, PATTERNS_S
+
+    def step(self) -> None:
+        self.steps -= 1
+        if self.steps < 0:
+            raise _TooMuch
+
+    def search(self, pattern: str, text: str) -> bool:
+        began = time.perf_counter()
+        try:
+            found = regex.search(pattern, text, timeout=max(self.seconds, 0.001))
+        except TimeoutError:
+            raise _TooMuch from None
+        self.seconds -= time.perf_counter() - began
+        return found is not None
+
+
+_budget: ContextVar[_Budget] = ContextVar("budget")
+
+
+def _counted(keyword):
+    def check(validator, value, instance, schema):
+        _budget.get().step()
+        return keyword(validator, value, instance, schema)
+
+    return check
+
+
+def _pattern(validator, pattern, instance, _schema):
+    if validator.is_type(instance, "string") and not _budget.get().search(pattern, instance):
+        yield jsonschema.ValidationError(f"{instance!r} does not match {pattern!r}")
+
+
+def _pattern_properties(validator, patterns, instance, _schema):
+    if validator.is_type(instance, "object"):
+        for pattern, subschema in patterns.items():
+            for key, value in instance.items():
+                if _budget.get().search(pattern, key):
+                    yield from validator.descend(value, subschema, path=key, schema_path=pattern)
+
+
+def _additional_properties(validator, allowed, instance, schema):
+    if not validator.is_type(instance, "object"):
+        return
+    known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+    for key, value in instance.items():
+        if key in known or any(_budget.get().search(p, key) for p in patterns):
+            continue
+        if validator.is_type(allowed, "object"):
+            yield from validator.descend(value, allowed, path=key)
+        elif allowed is False:
+            yield jsonschema.ValidationError(f"{key!r} is not allowed here")
+
+
+OUR_KEYWORDS = {
+    "pattern": _pattern,
+    "patternProperties": _pattern_properties,
+    "additionalProperties": _additional_properties,
+}
+
+
+@lru_cache(maxsize=64)
+def _bounded(cls):
+    """The validator class with every keyword counted and patterns that cannot run away."""
+    keywords = cls.VALIDATORS | OUR_KEYWORDS
+    return jsonschema.validators.extend(cls, {k: _counted(f) for k, f in keywords.items()})
+
+
 @lru_cache(maxsize=512)
 def _validator(schema_text: str):
     schema = json.loads(schema_text)
     cls = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-    return cls(schema, registry=_NO_FETCHING)
+    return _bounded(cls)(schema, registry=_NO_FETCHING)
 
 
 _SPEC = _validator(json.dumps(SPEC_SCHEMA))
@@ -301,10 +383,17 @@ _RESULT = _validator(json.dumps(RESULT_SCHEMA))
 
 def _problem(validator, data) -> str | None:
     """A sentence fragment 'at $.a.b: reason', or None when the validator accepts `data`."""
+    spent = _budget.set(_Budget())
     try:
         error = jsonschema.exceptions.best_match(validator.iter_errors(data))
     except Unresolvable as broken:  # a $ref that leads nowhere surfaces only while validating
         return f"its schema refers to something that is not in it ({broken.ref})"
+    except _TooMuch:
+        return "its schema takes too much work to check: make its patterns and references simpler"
+    except (RecursionError, AttributeError, TypeError, regex.error) as broken:
+        return f"its schema cannot be applied ({type(broken).__name__}: {str(broken)[:200]})"
+    finally:
+        _budget.reset(spent)
     return None if error is None else f"at {error.json_path}: {error.message[:300]}"
 
 
@@ -323,15 +412,30 @@ def check_spec(spec) -> dict:
 
 
 def check_schema(key: str, schema) -> None:
-    """Raise RuleBroken unless `schema` is itself a valid JSON Schema."""
-    cls = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    """Raise RuleBroken unless `schema` is itself a valid JSON Schema that can be applied."""
     try:
+        cls = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
         cls.check_schema(schema)
+        why = _unfit(schema)
     except jsonschema.SchemaError as error:
-        raise RuleBroken(
-            f"The schema of contract {key!r} is not a valid JSON Schema, "
-            f"at {error.json_path}: {error.message[:300]}."
-        ) from None
+        why = f"at {error.json_path}: {error.message[:300]}"
+    except (RecursionError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+    if why:
+        raise RuleBroken(f"The schema of contract {key!r} is not a valid JSON Schema, {why}.")
+
+
+def _unfit(schema, *, nested: bool = False) -> str | None:
+    """What would get round the bounds of `_bounded`, in words."""
+    if isinstance(schema, dict):
+        if nested and isinstance(schema.get("$schema"), str):
+            return "$schema belongs at its top only"
+        if "patternProperties" in schema and "unevaluatedProperties" in schema:
+            return "unevaluatedProperties cannot be combined with patternProperties here"
+    inner = schema.values() if isinstance(schema, dict) else schema
+    if not isinstance(schema, dict | list):
+        return None
+    return next(filter(None, (_unfit(part, nested=True) for part in inner)), None)
 
 
 def key_allowed(key: str) -> bool:

@@ -61,6 +61,8 @@ def do(
 
 def _set(task: dict, after: dict) -> None:
     changed = {k: v for k, v in after.items() if v != task[k]}
+    if not changed:
+        return
     columns = ", ".join(f"{column} = ?" for column in changed)
     done = execute(
         f"UPDATE task SET {columns} WHERE id = ? AND status = ? AND attempt = ?",

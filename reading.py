@@ -5,7 +5,7 @@ from collections import defaultdict
 import cascade
 import routing
 from auth import Caller, can, find
-from models import Invalid, event_json, execute, in_chunks, iso, labels, loads, one, rows
+from models import Invalid, event_json, execute, in_chunks, iso, labels, loads, newest, one, rows
 
 PRIORITIES = ("low", "normal", "high", "critical")
 CLOCKS = ("queue_timeout", "start_timeout", "progress_timeout", "timeout")
@@ -26,35 +26,32 @@ def list_tasks(
 
     status: a state, or several with commas between. Raises Invalid for an unknown one.
     """
-    where, values = ["1 = 1"], []
-    marks = ", ".join("?" * len(project_ids))
-    where.append(f"project_id IN ({marks})")
-    values += project_ids
+    branches = [{"project_id": project} for project in project_ids]
     if status:
-        states = [s.strip() for s in status.split(",")]
-        unknown = [s for s in states if s not in cascade.STATES]
-        if unknown:
-            raise Invalid(f"Unknown status {unknown[0]!r}: use one of {', '.join(cascade.STATES)}.")
-        where.append(f"status IN ({', '.join('?' * len(states))})")
-        values += states
+        branches = [b | {"status": state} for b in branches for state in _states(status)]
+    for column, value in (("server_id", server_id), ("pipeline_id", pipeline_id)):
+        if value:
+            branches = [b | {column: value} for b in branches]
+    where, values = [], []
     if q:
         where.append("(title LIKE ? ESCAPE '\\' OR spec LIKE ? ESCAPE '\\')")
         like = "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
         values += [like, like]
-    for column, value in (("server_id", server_id), ("pipeline_id", pipeline_id)):
-        if value:
-            where.append(f"{column} = ?")
-            values.append(value)
     if cursor is not None:
         where.append("seq < ?")
         values.append(cursor)
     size = max(1, min(limit, LIST_MOST))
-    found = rows(
-        f"SELECT * FROM task WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?",
-        [*values, size + 1],
-    )
+    found = newest("task", branches, " AND ".join(where), values, size + 1)
     more = len(found) > size
     return found[:size], found[size - 1]["seq"] if more else None
+
+
+def _states(status: str) -> list[str]:
+    states = [s.strip() for s in status.split(",")]
+    unknown = [s for s in states if s not in cascade.STATES]
+    if unknown:
+        raise Invalid(f"Unknown status {unknown[0]!r}: use one of {', '.join(cascade.STATES)}.")
+    return sorted(set(states))
 
 
 def reason(task: dict) -> str | None:

@@ -15,7 +15,7 @@ from moves import LIVE_SESSION
 
 def wanted(task: dict) -> dict:
     """What routing asks of a server for this task; one given by hand asks for that server."""
-    requirements = loads(task["requirements"])
+    requirements = _parsed(task["requirements"])
     if task["pinned_server"]:
         return {"server": task["pinned_server"], "repo": requirements.get("repo")}
     return requirements
@@ -23,7 +23,7 @@ def wanted(task: dict) -> dict:
 
 @lru_cache(maxsize=4096)
 def _parsed(text: str | None):
-    """Parsed JSON of a server's columns: the same few texts are read at every routing."""
+    """Parsed JSON of a column, to be read only: the same few texts come at every routing."""
     return loads(text)
 
 
@@ -73,6 +73,8 @@ def place(
     Highest priority first, then who has waited longest. cause: the task whose end made the fresh
     ones free.
     """
+    if not fresh and not _anybody_waits(project_id):
+        return
     servers = servers_of(project_id)
     waiting = [
         task for server in servers if server["id"] in freed for task in _heads(project_id, server)
@@ -85,6 +87,14 @@ def place(
             hopeless.add(task["signature"])
             left_over.append(task)
     _enqueue(left_over)
+
+
+def _anybody_waits(project_id: str) -> bool:
+    found = execute(
+        "SELECT 1 FROM task WHERE project_id = ? AND waiting_since IS NOT NULL LIMIT 1",
+        (project_id,),
+    )
+    return found.fetchone() is not None
 
 
 def _still_ready(task: dict, now: float) -> bool:
@@ -212,13 +222,13 @@ def _session_for(tx: Transaction, task: dict, server: dict) -> str | None:
         role="worker",
         profile=task["profile"],
         command=task["command"],
-        repo=loads(task["requirements"]).get("repo"),
+        repo=_parsed(task["requirements"]).get("repo"),
         created_by=HUB.actor,
     )
 
 
 def worker_name(task: dict) -> str:
-    repo = loads(task["requirements"]).get("repo")
+    repo = _parsed(task["requirements"]).get("repo")
     again = f"-{task['attempt']}" if task["attempt"] > 1 else ""
     return f"{repo or task['profile'] or 'worker'}-{task['id'][:6]}{again}"
 

@@ -36,6 +36,7 @@ from models import (
     labels,
     loads,
     new_id,
+    newest,
     one,
     rows,
     transaction,
@@ -52,6 +53,8 @@ RESEND_S = 10.0
 TYPING_S = 15.0  # how long a typed text may take to be confirmed
 COMMANDS_AT_ONCE = 200
 BLOCK_MOST = 64 * 1024
+LIST_MOST = 500
+SESSIONS_MOST = 1000  # one server may name at once
 SLOTS_MOST = 10_000
 
 # ── servers ───────────────────────────────────────────────────────────────────────────────────
@@ -506,14 +509,11 @@ def list_sessions(project_ids: list[str], *, every: bool = False, status: str | 
     """Session rows as JSON, newest first: the live ones, or every one of the last 500."""
     if status and status not in cascade.SESSION_STATES:
         raise Invalid(f"Unknown status {status!r}: use one of {', '.join(cascade.SESSION_STATES)}.")
-    marks = ", ".join("?" * len(project_ids))
     states = [status] if status else sorted(cascade.SESSION_LIVE | {"lost"})
-    where = "" if every and not status else f" AND state IN ({', '.join('?' * len(states))})"
-    found = rows(
-        f"SELECT * FROM session WHERE project_id IN ({marks}){where} ORDER BY seq DESC LIMIT 500",
-        [*project_ids, *(states if where else ())],
-    )
-    return session_views(found)
+    branches = [{"project_id": project} for project in project_ids]
+    if status or not every:
+        branches = [b | {"state": state} for b in branches for state in states]
+    return session_views(newest("session", branches, "", [], LIST_MOST))
 
 
 def session_views(found: list[dict]) -> list[dict]:
@@ -888,6 +888,8 @@ def greet(caller: Caller, frame: dict) -> None:
 def sync(caller: Caller, frame: dict) -> dict:
     """Compare what the agent has with what should be, repair the difference; the sync_ok frame."""
     instance = str(frame.get("instance") or "")
+    if len(frame.get("sessions") or ()) > SESSIONS_MOST:
+        raise ValueError(f"more than {SESSIONS_MOST} sessions")
     with transaction() as tx:
         server = one("SELECT * FROM server WHERE id = ?", (caller.server_id,))
         restarted = server["instance"] != instance
@@ -908,11 +910,18 @@ def _update_capabilities(server: dict, has: dict, instance: str) -> None:
     columns = {"instance": instance}
     if "repos" in has:
         columns["repos"] = _repos(has["repos"])
-    columns |= {kind: has[kind] for kind in cascade.LISTS if kind in has}
+    columns |= {kind: _words(has[kind]) for kind in cascade.LISTS if kind in has}
     columns |= {k: has[k] for k in ("profiles", "os") if has.get(k)}
     if has.get("slots") and isinstance(has["slots"], int):
         columns["slots"] = min(max(has["slots"], 1), SLOTS_MOST)
     Server.update(**columns).where(Server.id == server["id"]).execute()
+
+
+def _words(given) -> list[str] | None:
+    """A declared list, or None for undeclared. Raises ValueError for anything else."""
+    if given is None or (isinstance(given, list) and all(isinstance(w, str) for w in given)):
+        return given
+    raise ValueError(f"not a list of words: {given!r}")
 
 
 def _named_session(tx: Transaction, server: dict, item: dict, adopt: list) -> dict:

@@ -180,6 +180,8 @@ def receive(caller: Caller, frames: list[dict]) -> list[dict]:
     """Handle what an agent sent, in order; the frames to answer with."""
     answers, spooled = [], []
     for frame in frames:
+        if not isinstance(frame.get("type"), str):
+            frame = frame | {"type": ""}  # as good as unknown; its number counts all the same
         if isinstance(frame.get("spool"), int):
             spooled.append(frame)
             continue

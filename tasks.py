@@ -10,7 +10,7 @@ import cascade
 import moves
 import reading
 import routing
-from auth import HUB, Caller, find, report_allowed, require
+from auth import ALIVE, HUB, Caller, find, report_allowed, require
 from models import (
     Conflict,
     Forbidden,
@@ -33,6 +33,7 @@ from reading import CLOCKS, PRIORITIES
 
 TYPES = ("feature", "bugfix", "refactor", "chore", "docs")
 ON_LOST = ("retry", "ask")
+FREE_ATTEMPTS = 5  # as often a task is tried again for faults that are not its worker's
 
 
 def create(caller: Caller, project: dict, data: dict) -> dict:
@@ -152,7 +153,7 @@ def _insert(tx: Transaction, caller: Caller, project: dict, data: dict) -> dict:
         "structured_spec": structured,
         "acceptance_criteria": dumps(data.get("acceptance_criteria") or []),
         "type": data.get("type") or "feature",
-        "priority": PRIORITIES.index(data.get("priority") or "normal"),
+        "priority": _priority(data.get("priority") or "normal"),
         "target_branch": data.get("target_branch"),
         "requirements": dumps(requirements),
         "require_plan": int(bool(data.get("require_plan"))),
@@ -183,6 +184,12 @@ def _insert(tx: Transaction, caller: Caller, project: dict, data: dict) -> dict:
         task=task["id"],
     )
     return moves.row(task["id"])
+
+
+def _priority(name: str) -> int:
+    if name not in PRIORITIES:
+        raise Invalid(f"Unknown priority {name!r}: use one of {', '.join(PRIORITIES)}.")
+    return PRIORITIES.index(name)
 
 
 def _orderer(caller: Caller, project: dict, given: str | None) -> str | None:
@@ -296,6 +303,8 @@ def _join(
             " WHERE id = ?",
             (task["id"],),
         )
+    if kind == "input" and resolved:
+        _fill_again([task["id"]])
     details = {"depends_on": upstream["id"], "title": upstream["title"], "type": kind}
     tx.emit(
         "dependency_added",
@@ -412,14 +421,10 @@ def _target(caller, task, session, session_name, server) -> dict:
     if session:
         return _session_target(find("session", caller, session, name="name"), task)
     if session_name:
-        live = [
-            s
-            for s in rows(
-                "SELECT * FROM session WHERE project_id = ? AND name = ?",
-                (task["project_id"], session_name),
-            )
-            if s["state"] in LIVE_SESSION
-        ]
+        live = rows(
+            f"SELECT * FROM session WHERE project_id = ? AND name = ? AND {ALIVE['session']}",
+            (task["project_id"], session_name),
+        )
         if len(live) > 1:
             raise Conflict(
                 f"{len(live)} live sessions are called {session_name!r}: use an id.",
@@ -519,17 +524,31 @@ def _report(caller: Caller, ref: str, verb: str, report, attempt, then) -> dict:
     with transaction() as tx:
         task = find("task", caller, ref)
         require(caller, "task.report", task["project_id"], "task")
-        if attempt is None and caller.task_id == task["id"]:
-            attempt = caller.attempt
+        attempt = _attempt_meant(caller, task, attempt)
         past = _past(task, attempt)
         if not report_allowed(caller, task, (past or task)["server_id"]):
             raise Forbidden("This key reports on its own tasks only, and this is not one of them.")
         stands = _fence(tx, caller, task, verb, report, attempt, past)
         if stands is None:
+            if verb != "start" and caller.kind in ("user", "hub"):
+                _withdraw(tx, task, f"{caller.name} ended the task")
             return then(tx, caller, task, report)
     if isinstance(stands, Conflict):
         raise stands
     return stands
+
+
+def _attempt_meant(caller: Caller, task: dict, given: int | None) -> int | None:
+    """A session speaks of its own attempt only. Raises Conflict when it names another."""
+    if caller.task_id != task["id"]:
+        return given
+    if given not in (None, caller.attempt):
+        raise Conflict(
+            f"This session works on attempt {caller.attempt}, not on attempt {given}: "
+            "leave the attempt out.",
+            code="other_attempt",
+        )
+    return caller.attempt
 
 
 def _past(task: dict, attempt: int | None) -> dict | None:
@@ -610,6 +629,7 @@ def _complete(tx, caller: Caller, task: dict, result, report: str, git) -> dict:
 def _fail(tx: Transaction, caller: Caller, task: dict, report: str, *, free_retry=False) -> dict:
     """End the attempt as failed. `free_retry`: the fault was not the worker's, so try again."""
     error = loads(report)["error"]
+    free_retry = free_retry and task["attempt"] < FREE_ATTEMPTS
     failures = task["failures"] + (not free_retry)
     failed = do(
         tx,
@@ -623,9 +643,9 @@ def _fail(tx: Transaction, caller: Caller, task: dict, report: str, *, free_retr
     )
     moves.close_attempt(tx, failed, "fail", report)
     if free_retry or failures < failed["max_attempts"]:
-        failed = _reopen(tx, failed, "retry", HUB.actor, delay=failed["retry_delay_s"])
-    else:
-        _tell_orderer(tx, failed, error)
+        delay = max(failed["retry_delay_s"], min(60, 2 ** failed["attempt"]) * free_retry)
+        return _reopen(tx, failed, "retry", HUB.actor, delay=delay, freed={task["server_id"]})
+    _tell_orderer(tx, failed, error)
     routing.place(tx, task["project_id"], [], {task["server_id"]})
     return moves.row(task["id"])
 
@@ -807,8 +827,20 @@ def _takers(task_id: str, key: str) -> list[str]:
     ]
 
 
-def _reopen(tx, task: dict, verb: str, actor: str, details=None, delay: float = 0) -> dict:
-    """Begin the next attempt: `retry` or `release`; the task is routed again by itself."""
+def _reopen(
+    tx: Transaction,
+    task: dict,
+    verb: str,
+    actor: str,
+    details: dict | None = None,
+    *,
+    delay: float = 0,
+    freed: frozenset | set = frozenset(),
+) -> dict:
+    """Begin the next attempt: `retry` or `release`; the task is routed again by itself.
+
+    delay: seconds to wait before. freed: servers that lost it, for whoever waits longer.
+    """
     again = do(
         tx,
         task,
@@ -831,8 +863,7 @@ def _reopen(tx, task: dict, verb: str, actor: str, details=None, delay: float = 
         not_before=tx.now + delay if delay else None,
     )
     _fill_again([task["id"]])
-    if not again["open_deps"]:
-        routing.place(tx, again["project_id"], [again], set())
+    routing.place(tx, again["project_id"], [again], freed)
     return moves.row(task["id"])
 
 
@@ -840,9 +871,7 @@ def release(tx: Transaction, task: dict, why: str, actor: str = HUB.actor) -> di
     """Take a task back from a server or session that is gone and have it routed again."""
     moves.close_attempt(tx, task, "release", dumps({"why": why}))
     _withdraw(tx, task, why)
-    released = _reopen(tx, task, "release", actor, {"why": why})
-    routing.place(tx, task["project_id"], [], {task["server_id"]})
-    return released
+    return _reopen(tx, task, "release", actor, {"why": why}, freed={task["server_id"]})
 
 
 def retry(caller: Caller, ref: str) -> dict:
@@ -973,7 +1002,7 @@ def _columns(task: dict, data: dict) -> dict:
     """The API's fields of a change as columns."""
     columns = {name: data[name] for name in PLAIN_FIELDS if name in data}
     if "priority" in data:
-        columns["priority"] = PRIORITIES.index(data["priority"])
+        columns["priority"] = _priority(data["priority"])
     for name in ("require_plan", "auto_assign"):
         if name in data:
             columns[name] = int(bool(data[name]))

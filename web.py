@@ -3,6 +3,7 @@ every error, the headers of every answer."""
 
 import json
 import logging
+import math
 from urllib.parse import urlsplit
 
 from apiflask.exceptions import HTTPError
@@ -52,7 +53,7 @@ class HubJSON(DefaultJSONProvider):
 
     def loads(self, s, **kwargs):
         text = s.decode() if isinstance(s, bytes) else s
-        value = json.loads(text, parse_constant=_no_constant, **kwargs)
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite, **kwargs)
         if "\\ud" in text or "\\uD" in text:  # may be half of a character, which nothing can show
             value = json.loads(_whole(json.dumps(value, ensure_ascii=False)))
         return value
@@ -64,6 +65,13 @@ def _whole(text: str) -> str:
 
 def _no_constant(name: str):
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:30]} is too large a number")
+    return value
 
 
 # ── the caller ────────────────────────────────────────────────────────────────────────────────
@@ -100,7 +108,8 @@ def person_or_none() -> auth.Caller | None:
 
 def by_cookie() -> bool:
     """Whether the browser's cookie alone identifies the caller, so that other sites could too."""
-    return not (request.headers.get("X-API-Key") or request.headers.get("Authorization"))
+    scheme = request.headers.get("Authorization", "").partition(" ")[0].lower()
+    return not (request.headers.get("X-API-Key") or scheme == "bearer")
 
 
 def check_own() -> None:
@@ -112,10 +121,11 @@ def check_own() -> None:
     origin = request.headers.get("Origin")
     if origin is not None and not is_own_origin(origin):
         raise Forbidden("This request comes from another site and was refused.", code="origin")
-    if request.method in SAFE or not by_cookie() or COOKIE not in request.cookies:
+    if request.method in SAFE or not by_cookie():
         return
+    person = person_or_none()  # with a dead cookie nobody is asked for: the view says so
     given = request.headers.get("X-CSRF-Token") or request.form.get("csrf_token")
-    if not auth.csrf_matches(caller(), given):
+    if person and not auth.csrf_matches(person, given):
         raise Forbidden("The form is out of date: reload the page and try again.", code="csrf")
 
 

@@ -53,6 +53,11 @@ class Task:
         return self.status == "pending" and not self.open() and self.asked
 
 
+def some(*statuses):
+    """A rule for when there is a task in one of the states."""
+    return precondition(lambda self: any(t.status in statuses for t in self.tasks.values()))
+
+
 class Hub(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
@@ -131,9 +136,12 @@ class Hub(RuleBasedStateMachine):
         task.attempt += 1
         task.status, task.asked, task.handed = "pending", True, None
 
-    def pick(self, data, *statuses) -> Task | None:
-        fitting = [t for t in self.tasks.values() if t.status in statuses]
-        return data.draw(st.sampled_from(fitting), label="task") if fitting else None
+    def pick(self, data, *statuses) -> Task:
+        names = [t.name for t in self.tasks.values() if t.status in statuses]
+        return self.tasks[data.draw(st.sampled_from(names), label="task")]
+
+    def linked(self) -> list[str]:
+        return [t.name for t in self.tasks.values() if t.blocks or t.inputs or t.related]
 
     # what happens
 
@@ -151,7 +159,7 @@ class Hub(RuleBasedStateMachine):
                 "draining": False,
             }
 
-    @precondition(lambda self: len(self.tasks) < 25)
+    @precondition(lambda self: len(self.tasks) < 12)
     @rule(
         data=st.data(),
         repo=st.sampled_from([None, None, None, *REPOS]),
@@ -179,7 +187,7 @@ class Hub(RuleBasedStateMachine):
         )
         self._add(task)
 
-    @precondition(lambda self: len(self.tasks) < 20)
+    @precondition(lambda self: len(self.tasks) < 8)
     @rule(data=st.data(), size=st.integers(2, 5))
     def create_pipeline(self, data, size):
         first = len(self.tasks)
@@ -220,26 +228,25 @@ class Hub(RuleBasedStateMachine):
         if settle:
             self.settle()
 
+    @some("pending")
     @rule(data=st.data())
     def assign(self, data):
         task = self.pick(data, "pending")
-        if task:
-            task.asked = True
-            self.world.assign(task.name)
-            self.settle()
+        task.asked = True
+        self.world.assign(task.name)
+        self.settle()
 
+    @some("assigned")
     @rule(data=st.data())
     def start(self, data):
         task = self.pick(data, "assigned")
-        if task:
-            self.world.start(task.name)
-            task.status = "running"
+        self.world.start(task.name)
+        task.status = "running"
 
+    @some("assigned", "running")
     @rule(data=st.data(), extra=st.booleans())
     def complete(self, data, extra):
         task = self.pick(data, "assigned", "running")
-        if not task:
-            return
         owed = {k for t in self.tasks.values() for k, up in t.inputs.items() if up == task.name}
         if owed - set(task.contracts):
             before = self.world.row(task.name)
@@ -258,11 +265,10 @@ class Hub(RuleBasedStateMachine):
         self.resolve(task.name)
         self.settle()
 
+    @some("assigned", "running")
     @rule(data=st.data())
     def fail(self, data):
         task = self.pick(data, "assigned", "running")
-        if not task:
-            return
         self.world.fail(task.name)
         task.failures += 1
         if task.failures < task.max_attempts:
@@ -271,19 +277,18 @@ class Hub(RuleBasedStateMachine):
             task.status, task.server = "failed", None
         self.settle()
 
+    @some("failed", "cancelled")
     @rule(data=st.data())
     def retry(self, data):
         task = self.pick(data, "failed", "cancelled")
-        if task:
-            self.world.retry(task.name)
-            self.end_attempt(task)
-            self.settle()
+        self.world.retry(task.name)
+        self.end_attempt(task)
+        self.settle()
 
+    @some("pending", "assigned", "running")
     @rule(data=st.data(), downstream=st.booleans())
     def cancel(self, data, downstream):
         task = self.pick(data, "pending", "assigned", "running")
-        if not task:
-            return
         _, also = self.world.cancel(task.name, downstream=downstream)
         below = set()
         if downstream:
@@ -297,21 +302,23 @@ class Hub(RuleBasedStateMachine):
             self.tasks[name].status, self.tasks[name].server = "cancelled", None
         self.settle()
 
+    @some("assigned", "running")
     @rule(data=st.data())
     def release(self, data):
         task = self.pick(data, "assigned", "running")
-        if task:
-            with models.transaction() as tx:
-                tasks.release(tx, self.world.row(task.name), "its server is gone")
-            self.end_attempt(task)
-            self.settle()
+        with models.transaction() as tx:
+            tasks.release(tx, self.world.row(task.name), "its server is gone")
+        self.end_attempt(task)
+        self.settle()
 
+    @precondition(lambda self: len(self.tasks) > 1)
     @rule(data=st.data(), kind=st.sampled_from(["blocks", "input", "related"]))
     def add_dependency(self, data, kind):
-        if len(self.tasks) < 2:
-            return
         names = sorted(self.tasks)
-        task = self.tasks[data.draw(st.sampled_from(names), label="task")]
+        pending = sorted(t.name for t in self.tasks.values() if t.status == "pending") or names
+        task = self.tasks[
+            data.draw(st.sampled_from(pending) | st.sampled_from(names), label="task")
+        ]
         up = data.draw(st.sampled_from(names), label="upstream")
         key = data.draw(st.sampled_from(KEYS), label="key") if kind == "input" else None
         before = self.world.row(task.name), self.world.now()
@@ -342,12 +349,10 @@ class Hub(RuleBasedStateMachine):
         above = up == task.name or task.name in self.upstreams(up)
         return there or above or task.status != "pending"
 
+    @precondition(lambda self: self.linked())
     @rule(data=st.data())
     def remove_dependency(self, data):
-        linked = [t for t in self.tasks.values() if t.blocks or t.inputs or t.related]
-        if not linked:
-            return
-        task = data.draw(st.sampled_from(linked), label="task")
+        task = self.tasks[data.draw(st.sampled_from(self.linked()), label="task")]
         ups = sorted(task.blocks | set(task.inputs.values()) | task.related)
         up = data.draw(st.sampled_from(ups), label="upstream")
         was_open = bool(task.open())
@@ -360,11 +365,10 @@ class Hub(RuleBasedStateMachine):
             task.asked = True
         self.settle()
 
+    @some("pending", "assigned", "running", "done", "failed")
     @rule(data=st.data(), key=st.sampled_from(KEYS))
     def amend(self, data, key):
         task = self.pick(data, "pending", "assigned", "running", "done", "failed")
-        if not task:
-            return
         self.value += 1
         task.contracts[key] = self.value
         tasks.amend_contract(HUB, self.world.ids[task.name], key, self.value)
@@ -372,6 +376,7 @@ class Hub(RuleBasedStateMachine):
             self.resolve(task.name)
         self.settle()
 
+    @precondition(lambda self: self.tasks)
     @rule(data=st.data())
     def toggle_server(self, data):
         server = self.servers[data.draw(st.sampled_from(sorted(self.servers)), label="server")]
@@ -382,6 +387,7 @@ class Hub(RuleBasedStateMachine):
         server["online"] = not server["online"]
         self.settle()
 
+    @precondition(lambda self: self.tasks)
     @rule(data=st.data())
     def drain_or_resume(self, data):
         server = self.servers[data.draw(st.sampled_from(sorted(self.servers)), label="server")]
@@ -389,6 +395,7 @@ class Hub(RuleBasedStateMachine):
         server["draining"] = not server["draining"]
         self.settle()
 
+    @precondition(lambda self: self.tasks)
     @rule(data=st.data(), slots=st.integers(1, 4))
     def set_slots(self, data, slots):
         server = self.servers[data.draw(st.sampled_from(sorted(self.servers)), label="server")]
@@ -396,17 +403,17 @@ class Hub(RuleBasedStateMachine):
         sessions.change_server(HUB, server["name"], {"slots": server["slots"]})
         self.settle()
 
+    @some("done", "failed", "cancelled")
     @rule(data=st.data())
     def say_it_again(self, data):
         """A report that comes late changes nothing."""
         task = self.pick(data, "done", "failed", "cancelled")
-        if task:
-            before = self.world.row(task.name)
-            for late in (self.world.complete, self.world.fail):
-                said = "late" if task.status == "done" else None
-                with suppress(Conflict):
-                    late(task.name, said, attempt=task.attempt)
-                assert self.world.row(task.name) == before
+        before = self.world.row(task.name)
+        for late in (self.world.complete, self.world.fail):
+            said = "late" if task.status == "done" else None
+            with suppress(Conflict):
+                late(task.name, said, attempt=task.attempt)
+            assert self.world.row(task.name) == before
 
     # what holds after each
 
@@ -471,8 +478,8 @@ class Hub(RuleBasedStateMachine):
 
 TestHub = Hub.TestCase
 TestHub.settings = settings(
-    max_examples=60,
-    stateful_step_count=40,
+    max_examples=120,
+    stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     print_blob=True,

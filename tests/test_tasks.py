@@ -558,6 +558,8 @@ def test_a_worker_that_does_not_start_is_given_up_and_tried_again(world):
     now = time.time()
     assert tasks.due(now + 29) == 0
     assert tasks.due(now + 31) == 1
+    assert "will be tried again at" in world.reason("A")
+    tasks.due(now + 60)
     row = world.row("A")
     assert (row["status"], row["attempt"]) == ("assigned", 2)
     [failed] = world.events("A", "task_failed")
