@@ -222,7 +222,7 @@ def find_cycle(graph: dict[str, Iterable[str]]) -> list[str] | None:
 TASK_SPEC = "orchestratia/task-spec/v1"
 TASK_RESULT = "orchestratia/task-result/v1"
 PIPELINE = "orchestratia/pipeline/v1"
-CONTRACT_KEY = "^[A-Za-z_][A-Za-z0-9_.-]{0,99}$"
+CONTRACT_KEY = r"^[A-Za-z_][A-Za-z0-9_.-]{0,99}\Z"
 
 _STRINGS = {"type": "array", "items": {"type": "string", "minLength": 1}}
 _COUNT = {"type": "integer", "minimum": 0}

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
+import math
 import os
 import signal
 import socket
@@ -54,6 +55,10 @@ SETTINGS = (
 )
 
 
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+KINDS = {str: "text", int: "a whole number", float: "a number"}
+
+
 class BadSetting(Exception):
     """A setting that cannot be used; the sentence says which, where it came from and why."""
 
@@ -83,6 +88,8 @@ def _from_file(path: Path) -> dict:
         given = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise BadSetting(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(given, dict):
+        raise BadSetting(f"{path} must have lines of the form `name: value`.")
     unknown = set(given) - {name for name, _, _ in SETTINGS}
     if unknown:
         raise BadSetting(f"{path} has unknown settings: {', '.join(sorted(unknown))}.")
@@ -92,9 +99,16 @@ def _from_file(path: Path) -> dict:
 def _typed(name: str, value):
     kind = type(_default(name))
     try:
-        return kind(value)
+        typed = kind(value)
     except (TypeError, ValueError):
-        raise BadSetting(f"{name} must be a {kind.__name__}, not {value!r}.") from None
+        raise BadSetting(f"{name} must be {KINDS[kind]}, not {value!r}.") from None
+    if kind is float and not 0 < typed < math.inf:
+        raise BadSetting(f"{name} must be above 0 and finite, not {value!r}.")
+    if name == "port" and not 0 <= typed <= 65535:
+        raise BadSetting(f"port must be from 0 to 65535, not {value!r}.")
+    if name == "log_level" and typed not in LEVELS:
+        raise BadSetting(f"log_level must be one of {', '.join(LEVELS)}, not {value!r}.")
+    return typed
 
 
 def create_app(settings: dict) -> APIFlask:

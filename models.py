@@ -44,7 +44,7 @@ WRITER_PRAGMAS = (
     "PRAGMA synchronous=FULL",
     "PRAGMA foreign_keys=1",
     "PRAGMA cache_size=-16000",  # KiB: a completion that frees a thousand tasks stays in memory
-    "PRAGMA wal_autocheckpoint=4000",  # pages: rarely is it a hand-off that copies them home
+    "PRAGMA wal_autocheckpoint=8000",  # pages: rarely is it a hand-off that copies them home
 )
 
 db = DatabaseProxy()

@@ -28,7 +28,8 @@ def list_tasks(
     """
     branches = [{"project_id": project} for project in project_ids]
     if status:
-        branches = [b | {"status": state} for b in branches for state in _states(status)]
+        states = _states(status)
+        branches = [b | {"status": state} for b in branches for state in states]
     for column, value in (("server_id", server_id), ("pipeline_id", pipeline_id)):
         if value:
             branches = [b | {column: value} for b in branches]
@@ -67,7 +68,7 @@ def reason(task: dict) -> str | None:
             routing.wanted(task),
             cascade.rank(routing.wanted(task), routing.servers_of(task["project_id"])),
         )
-    return "not assigned: nobody has asked to place it yet; assign it"
+    return "nobody has asked to place it yet; assign it"
 
 
 def _why_blocked(task_id: str) -> str:
@@ -122,14 +123,26 @@ def explain(caller: Caller, ref: str) -> dict:
         return _explanation(task, summary, candidates, None, None)
     details = loads(chosen["details"]) if chosen else {}
     at = iso(chosen["at"]) if chosen else None
-    how = "scored best" if "score" in details else "was chosen by hand"
-    summary = f"{task['title']} is {task['status']}"
+    summary = f"{task['title']} {SAID[task['status']]}"
     if details.get("agent"):
-        points = f" ({details['score']} points)" if "score" in details else ""
-        summary += f": {details['agent']} {how}{points}"
+        scored = "score" in details
+        how = f"as the best ({details['score']} points)" if scored else "by hand"
+        summary += f"; {details['agent']} was chosen {how}"
     return _explanation(
         task, summary + ".", details.get("candidates", []), details.get("agent"), at
     )
+
+
+SAID = {
+    "assigned": "is assigned",
+    "planning": "is being planned",
+    "plan_review": "waits for its plan to be approved",
+    "running": "is running",
+    "needs_human": "waits for a person",
+    "done": "is done",
+    "failed": "has failed",
+    "cancelled": "was cancelled",
+}
 
 
 def _explanation(task, summary, candidates, chosen, at) -> dict:

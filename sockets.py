@@ -1,6 +1,7 @@
 """How agents reach the hub. Both carriers hand the same frames to the same functions; this file
 holds what a connection remembers and the poll, `POST /api/v1/server/poll`."""
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -13,6 +14,8 @@ import sessions
 from api import server_caller
 from auth import Caller
 from models import Conflict, Invalid, bus
+
+log = logging.getLogger("orchestratia.sockets")
 
 bp = APIBlueprint("wire", __name__, tag="Agents")
 
@@ -201,6 +204,7 @@ def _opened(handler, caller: Caller, frame: dict) -> list[dict]:
     try:
         return handler(caller, frame)
     except sessions.MALFORMED as broken:
+        log.warning("%s: malformed %s", caller.name, frame["type"], exc_info=True)
         raise Invalid(f"The {frame['type']} frame is malformed: {broken!r}.") from broken
 
 

@@ -45,9 +45,9 @@ def test_the_data_directory_may_come_from_the_environment(tmp_path):
 @pytest.mark.parametrize(
     ("environ", "file", "fragment"),
     [
-        ({"ORCHESTRATIA_PORT": "eighty"}, None, "port must be a int"),
-        ({}, "tick_s: soon", "tick_s must be a float"),
-        ({}, "tick_s: [1]", "tick_s must be a float"),
+        ({"ORCHESTRATIA_PORT": "eighty"}, None, "port must be a whole number"),
+        ({}, "tick_s: soon", "tick_s must be a number"),
+        ({}, "tick_s: [1]", "tick_s must be a number"),
         ({}, "prot: 1", "unknown settings: prot"),
         ({}, "port: [", "is not valid YAML"),
         ({}, "just words", "hub.yaml"),
