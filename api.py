@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 import auth
 import reading
+import servers
 import sessions
 import tasks
 import web
@@ -460,15 +461,15 @@ def create_token(json_data: TokenIn):
 @bp.input(Registering)
 def register(json_data: Registering):
     """Register a server with a one-time token; its key is in the answer, this once."""
-    return sessions.register(json_data.model_dump(), request.remote_addr or "")
+    return servers.register(json_data.model_dump(), request.remote_addr or "")
 
 
 @bp.post("/servers/heartbeat")
 @bp.input(Heartbeat)
 def heartbeat(json_data: Heartbeat):
     """A server's sign of life."""
-    sessions.heartbeat(server_caller(), json_data.system_info)
-    return {"ok": True, "heartbeat_s": sessions.HEARTBEAT_S}
+    servers.heartbeat(server_caller(), json_data.system_info)
+    return {"ok": True, "heartbeat_s": servers.HEARTBEAT_S}
 
 
 def server_caller() -> auth.Caller:
@@ -482,52 +483,52 @@ def server_caller() -> auth.Caller:
 @bp.get("/servers/tasks/poll")
 def poll_tasks():
     """The tasks on the calling server, with everything their workers need."""
-    return {"tasks": sessions.assigned_tasks(server_caller())}
+    return {"tasks": servers.assigned_tasks(server_caller())}
 
 
 @work.get("/servers")
 @work.input(ProjectPage, location="query")
 def list_servers(query_data: ProjectPage):
     """The servers of the project named, or of all the caller can see."""
-    return {"servers": sessions.list_servers(project_ids(query_data.project_id))}
+    return {"servers": servers.list_servers(project_ids(query_data.project_id))}
 
 
 @work.get("/servers/<ref>")
 def get_server(ref):
     """One server by id, unique prefix or name."""
-    return sessions.server_json(sessions.get_server(caller(), ref))
+    return servers.server_json(servers.get_server(caller(), ref))
 
 
 @work.patch("/servers/<ref>")
 @work.input(ServerChange)
 def change_server(ref, json_data: ServerChange):
     """Rename a server, declare what it can do, set its slots, or start workers by hand only."""
-    return sessions.server_json(sessions.change_server(caller(), ref, changes(json_data)))
+    return servers.server_json(servers.change_server(caller(), ref, changes(json_data)))
 
 
 @work.delete("/servers/<ref>")
 def delete_server(ref):
     """Revoke a server; its history stays."""
-    sessions.revoke(caller(), ref)
+    servers.revoke(caller(), ref)
     return {"deleted": True}
 
 
 @work.post("/servers/<ref>/drain")
 def drain_server(ref):
     """Give the server no new work."""
-    return sessions.server_json(sessions.drain(caller(), ref))
+    return servers.server_json(servers.drain(caller(), ref))
 
 
 @work.post("/servers/<ref>/resume")
 def resume_server(ref):
     """Give the server work again."""
-    return sessions.server_json(sessions.resume(caller(), ref))
+    return servers.server_json(servers.resume(caller(), ref))
 
 
 @work.post("/servers/<ref>/revoke")
 def revoke_server(ref):
     """Take the server's key away for good; its work is routed anew."""
-    return sessions.server_json(sessions.revoke(caller(), ref))
+    return servers.server_json(servers.revoke(caller(), ref))
 
 
 # ── tasks ─────────────────────────────────────────────────────────────────────────────────────
@@ -537,7 +538,7 @@ def revoke_server(ref):
 @work.input(Page, location="query")
 def list_tasks(query_data: Page):
     """Tasks, newest first."""
-    server = query_data.server and sessions.get_server(caller(), query_data.server)["id"]
+    server = query_data.server and servers.get_server(caller(), query_data.server)["id"]
     found, cursor = reading.list_tasks(
         project_ids(query_data.project_id),
         status=query_data.status,

@@ -28,6 +28,7 @@ import api
 import auth
 import models
 import pages
+import servers
 import sessions
 import sockets
 import tasks
@@ -118,10 +119,10 @@ def create_app(settings: dict) -> APIFlask:
     models.open_db(data / "hub.db")
     auth.use_secret(data / "secret")
     sessions.use_logs(models.LogStore(data / "logs.db"))
-    sessions.HEARTBEAT_S = settings["heartbeat_s"]
-    sessions.LOST_AFTER_S = settings["lost_after_s"]
+    servers.HEARTBEAT_S = settings["heartbeat_s"]
+    servers.LOST_AFTER_S = settings["lost_after_s"]
     auth.REGISTRATION_S = settings["registration_s"]
-    sessions.begin()
+    servers.begin()
     sockets.links.reset()
     sockets.profiles.load(HERE / "profiles")
 
@@ -150,9 +151,9 @@ def jobs(settings: dict):
 
 def _silence(settings: dict) -> None:
     sockets.notice_silence(settings["poll_silence_s"])
-    sessions.notice_silence(settings["offline_after_s"])
-    sessions.release_lost(time.time(), settings["lost_after_s"])
-    sessions.save_heartbeats()
+    servers.notice_silence(settings["offline_after_s"])
+    servers.release_lost(time.time(), settings["lost_after_s"])
+    servers.save_heartbeats()
 
 
 def _settle(settings: dict) -> None:
@@ -251,7 +252,7 @@ def serve(settings: dict) -> int:
     scheduler.shutdown(wait=False)
     models.bus.close()
     server.stop(timeout=2)
-    sessions.save_heartbeats()
+    servers.save_heartbeats()
     models.close_db()
     return 0
 

@@ -27,6 +27,7 @@ from flask import (
 import auth
 import cascade
 import reading
+import servers
 import sessions
 import tasks
 import web
@@ -282,10 +283,9 @@ def overview():
     """What goes on, and on an empty hub what to do first."""
     ids = scope()
     at_work, _ = reading.list_tasks(ids, status=AT_WORK, limit=50)
-    servers = sessions.list_servers(ids)
     return show(
         "overview.html",
-        servers=servers,
+        servers=servers.list_servers(ids),
         at_work=reading.tasks_json(at_work),
         waiting=reading.tasks_json(_waiting(ids)),
         finished=reading.tasks_json(_finished(ids)),
@@ -342,12 +342,12 @@ def create_project():
 # ── servers ───────────────────────────────────────────────────────────────────────────────────
 
 
-@bp.get("/servers")
-def servers():
+@bp.get("/servers", endpoint="servers")
+def server_list():
     """Every server with what it has and how busy it is."""
     return show(
         "servers/list.html",
-        servers=sessions.list_servers(scope(), revoked="revoked" in request.args),
+        servers=servers.list_servers(scope(), revoked="revoked" in request.args),
         may_add=[p for p in visible() if auth.can(person(), "server.token", p["id"])],
     )
 
@@ -380,10 +380,10 @@ def _arrival(token_id: str) -> dict:
     if not found or not auth.can(person(), "server.token", found["project_id"]):
         raise NotFound("There is no such registration token, or it is not visible to you.")
     server = one("SELECT * FROM server WHERE id = ?", (found["server_id"],))
-    return {"registration": found, "server": server and sessions.server_json(server)}
+    return {"registration": found, "server": server and servers.server_json(server)}
 
 
-SERVER_VERBS = {"drain": sessions.drain, "resume": sessions.resume, "revoke": sessions.revoke}
+SERVER_VERBS = {"drain": servers.drain, "resume": servers.resume, "revoke": servers.revoke}
 
 
 @bp.post("/servers/<ref>/<any(drain, resume, revoke):verb>")
@@ -443,7 +443,7 @@ def new_task():
         target=project,
         allowed=allowed,
         candidates=reading.tasks_json(latest),
-        repos=sorted({r for s in sessions.list_servers([project["id"]]) for r in s["repos"]}),
+        repos=sorted({r for s in servers.list_servers([project["id"]]) for r in s["repos"]}),
         priorities=reading.PRIORITIES,
         types=tasks.TYPES,
     )
@@ -521,7 +521,7 @@ def _attempts(task_id: str) -> list[dict]:
 def _targets(project_id: str) -> dict[str, list[dict]]:
     """Whom a task of the project can be given to by hand."""
     return {
-        "server": sessions.list_servers([project_id]),
+        "server": servers.list_servers([project_id]),
         "session": [
             s
             for s in sessions.list_sessions([project_id])

@@ -9,8 +9,10 @@ from collections import OrderedDict
 from apiflask import APIBlueprint
 from pydantic import BaseModel, Field
 
+import auth
 import models
-import sessions
+import servers
+import wire
 from api import server_caller
 from auth import Caller
 from models import Conflict, Invalid, bus
@@ -57,7 +59,7 @@ class Link:
         """Frames to send now: `passing` ones, then commands that are due."""
         with self.lock:
             now = time.monotonic()
-            return passing + sessions.pending_commands(self.server_id, self.sent, now)
+            return passing + wire.pending_commands(self.server_id, self.sent, now)
 
     def wait(self, seconds: float) -> list[dict]:
         """Wait until there is something to say, at most so long; the frames."""
@@ -135,10 +137,10 @@ class Links:
 links = Links()
 
 
-def notice_silence(seconds: float = sessions.POLL_SILENCE_S) -> None:
+def notice_silence(seconds: float = wire.POLL_SILENCE_S) -> None:
     """Sessions of an agent that has not polled for so long are disconnected."""
     for link in links.silent(seconds):
-        sessions.disconnected(link.server_id)
+        wire.disconnected(link.server_id)
 
 
 @bp.post("/server/poll")
@@ -146,7 +148,7 @@ def notice_silence(seconds: float = sessions.POLL_SILENCE_S) -> None:
 def poll(json_data: Poll):
     """The long poll of an agent (protocol 2): frames in, frames out."""
     caller = server_caller()
-    sessions.alive(caller.server_id)
+    servers.alive(caller.server_id)
     link = links.get(caller.server_id, json_data.instance)
     if any(f.get("type") == "sync" for f in json_data.frames):
         repeated = link and link.answered(json_data.seq)
@@ -164,7 +166,7 @@ def _exchange(caller: Caller, link: Link, call: Poll) -> list[dict]:
     link.heard = time.monotonic()
     if link.silent:
         link.silent = False
-        sessions.reconnected(caller.server_id)
+        wire.reconnected(caller.server_id)
     done = link.answered(call.seq)
     if done is not None:
         return done
@@ -192,9 +194,7 @@ def receive(caller: Caller, frames: list[dict]) -> list[dict]:
             answers.append(_take(caller, spooled))
             spooled = []
         opening = OPENING.get(frame.get("type"))
-        answers += (
-            _opened(opening, caller, frame) if opening else sessions.take_passing(caller, frame)
-        )
+        answers += _opened(opening, caller, frame) if opening else wire.take_passing(caller, frame)
     if spooled:
         answers.append(_take(caller, spooled))
     return answers
@@ -203,17 +203,17 @@ def receive(caller: Caller, frames: list[dict]) -> list[dict]:
 def _opened(handler, caller: Caller, frame: dict) -> list[dict]:
     try:
         return handler(caller, frame)
-    except sessions.MALFORMED as broken:
+    except wire.MALFORMED as broken:
         log.warning("%s: malformed %s", caller.name, frame["type"], exc_info=True)
         raise Invalid(f"The {frame['type']} frame is malformed: {broken!r}.") from broken
 
 
 def _take(caller: Caller, spooled: list[dict]) -> dict:
-    return {"type": "spool_ack", "upto": sessions.take_spooled(caller, spooled)}
+    return {"type": "spool_ack", "upto": wire.take_spooled(caller, spooled)}
 
 
 def _auth(caller: Caller, frame: dict) -> list[dict]:
-    sessions.greet(caller, frame)
+    wire.greet(caller, frame)
     return [
         {
             "type": "auth_ok",
@@ -222,14 +222,14 @@ def _auth(caller: Caller, frame: dict) -> list[dict]:
             "server_name": caller.name,
             "hub_epoch": models.epoch(),
             "time": models.iso(time.time()),
-            "heartbeat_s": sessions.HEARTBEAT_S,
-            "lost_after_s": sessions.LOST_AFTER_S,
+            "heartbeat_s": servers.HEARTBEAT_S,
+            "lost_after_s": servers.LOST_AFTER_S,
         }
     ]
 
 
 def _sync(caller: Caller, frame: dict) -> list[dict]:
-    answer = sessions.sync(caller, frame)
+    answer = wire.sync(caller, frame)
     if frame.get("profiles_etag") != profiles.etag:
         answer |= {"profiles": profiles.texts, "profiles_etag": profiles.etag}
     return [answer]
@@ -247,7 +247,7 @@ class _Profiles:
 
     def load(self, folder) -> None:
         self.texts = {p.stem: p.read_text() for p in sorted(folder.glob("*.yaml"))}
-        self.etag = sessions.auth.digest(models.dumps(self.texts))[:16]
+        self.etag = auth.digest(models.dumps(self.texts))[:16]
 
 
 profiles = _Profiles()

@@ -25,6 +25,7 @@ import hub as hub_module
 import models
 import moves
 import reading
+import servers
 import sessions
 import sockets
 import tasks
@@ -74,7 +75,7 @@ def db(request, tmp_path):
 
 def _forget_all():
     """What earlier tests left in this process."""
-    sessions.begin()
+    servers.begin()
     sockets.links.reset()
     auth._wrong.clear()
 
@@ -125,7 +126,7 @@ class World:
     ) -> str:
         """Register a server (`repos`: names); its id."""
         token = auth.registration_token(HUB, self.project(project)["id"], "http://hub")
-        made = sessions.register(
+        made = servers.register(
             {
                 "registration_token": token["token"],
                 "name": name,
@@ -144,20 +145,20 @@ class World:
         )
         self.servers[name], self.keys[name] = made["id"], made["api_key"]
         if online:
-            sessions.alive(made["id"])
+            servers.alive(made["id"])
         return made["id"]
 
     def online(self, name: str) -> None:
-        sessions.alive(self.servers[name])
+        servers.alive(self.servers[name])
 
     def offline(self, name: str) -> None:
         """The server falls silent and the hub notices."""
         quiet = self.servers[name]
-        with sessions._life._lock:
-            heard, wall = sessions._life._heard[quiet]
-            sessions._life._heard[quiet] = (heard - 1000, wall)
-            sessions._life._ticked = time.monotonic()
-        assert sessions.notice_silence(500) == [quiet]
+        with servers._life._lock:
+            heard, wall = servers._life._heard[quiet]
+            servers._life._heard[quiet] = (heard - 1000, wall)
+            servers._life._ticked = time.monotonic()
+        assert servers.notice_silence(500) == [quiet]
 
     def key(self, name: str) -> auth.Caller:
         """The server as a caller."""

@@ -8,8 +8,10 @@ import pytest
 import auth
 import cascade
 import models
+import moves
 import sessions
 import tasks
+import wire
 from auth import HUB
 from conftest import wait_until
 
@@ -87,7 +89,7 @@ def test_a_name_used_a_hundred_times_before_still_means_the_live_session(world):
     server = world.server("dev")
     with models.transaction() as tx:
         for _ in range(120):
-            session = sessions.moves.new_session(
+            session = moves.new_session(
                 tx, project_id=world.project("shop")["id"], server_id=server, name="backend",
                 created_by="hub",
             )  # fmt: skip
@@ -240,7 +242,7 @@ def test_capabilities_that_are_no_words_do_not_reach_routing(world, languages):
     world.server("dev", languages=["rust"])
     frame = {"instance": "i", "sessions": [], "capabilities": {"languages": languages}}
     with pytest.raises(ValueError, match="not a list of words"):
-        sessions.sync(world.key("dev"), frame)
+        wire.sync(world.key("dev"), frame)
     world.task("A", requirements={"languages": ["rust"]}, auto_assign=True)
     assert world.status("A") == "assigned"
 
@@ -249,4 +251,4 @@ def test_a_server_cannot_name_sessions_without_end(world):
     world.server("dev")
     many = [{"session_id": None, "tmux_name": f"orc-{n}"} for n in range(1001)]
     with pytest.raises(ValueError, match="more than 1000 sessions"):
-        sessions.sync(world.key("dev"), {"instance": "i", "sessions": many})
+        wire.sync(world.key("dev"), {"instance": "i", "sessions": many})

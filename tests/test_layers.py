@@ -12,7 +12,7 @@ from conftest import ROOT
 LAYERS = (
     ("cascade", "bus"),
     ("models",),
-    ("auth", "moves", "routing", "reading", "tasks", "sessions"),
+    ("auth", "moves", "routing", "reading", "tasks", "sessions", "servers", "wire"),
     ("web", "api", "sockets", "pages"),
     ("hub",),
 )

@@ -19,6 +19,7 @@ import cascade
 import models
 import moves
 import reading
+import servers
 import sessions
 import tasks
 from auth import HUB
@@ -391,7 +392,7 @@ class Hub(RuleBasedStateMachine):
     @rule(data=st.data())
     def drain_or_resume(self, data):
         server = self.servers[data.draw(st.sampled_from(sorted(self.servers)), label="server")]
-        (sessions.resume if server["draining"] else sessions.drain)(HUB, server["name"])
+        (servers.resume if server["draining"] else servers.drain)(HUB, server["name"])
         server["draining"] = not server["draining"]
         self.settle()
 
@@ -400,7 +401,7 @@ class Hub(RuleBasedStateMachine):
     def set_slots(self, data, slots):
         server = self.servers[data.draw(st.sampled_from(sorted(self.servers)), label="server")]
         server["slots"] = max(slots, len(self.held(server["name"])))
-        sessions.change_server(HUB, server["name"], {"slots": server["slots"]})
+        servers.change_server(HUB, server["name"], {"slots": server["slots"]})
         self.settle()
 
     @some("done", "failed", "cancelled")

@@ -9,8 +9,10 @@ import pytest
 import auth
 import models
 import moves
+import servers
 import sessions
 import tasks
+import wire
 from auth import HUB
 from models import Busy, Conflict, Refused, Unauthorised, transaction
 
@@ -158,7 +160,7 @@ def test_a_registration_token_is_won_by_one(world):
     token = auth.registration_token(HUB, world.project("shop")["id"], "http://hub")["token"]
     answers = at_once(
         50,
-        lambda n: sessions.register({"registration_token": token, "name": f"s{n}"}, "127.0.0.1"),
+        lambda n: servers.register({"registration_token": token, "name": f"s{n}"}, "127.0.0.1"),
     )
     won = [a for a in answers if isinstance(a, dict)]
     lost = [a for a in answers if isinstance(a, Unauthorised)]
@@ -199,14 +201,14 @@ def test_a_dependency_added_while_its_upstream_ends_is_counted_once(world, pair)
 def test_a_spooled_frame_that_arrives_twice_at_once_is_handled_once(world):
     world.server("dev")
     caller = world.key("dev")
-    sessions.greet(caller, {"spool_id": "s", "spool_first": 1})
+    wire.greet(caller, {"spool_id": "s", "spool_first": 1})
     session, _ = sessions.open_session(HUB, {"server_id": "dev"})
     frames = [
         {"type": "session_gap", "spool": n, "session_id": session["id"], "from": n}
         for n in range(1, 21)
     ]
     before = world.now()
-    answers = at_once(8, lambda n: sessions.take_spooled(caller, frames[: 20 - 2 * n]))
+    answers = at_once(8, lambda n: wire.take_spooled(caller, frames[: 20 - 2 * n]))
     assert answers[0] == 20
     assert [e["details"]["from"] for e in world.events(after=before)] == list(range(1, 21))
     assert world.server_row("dev")["spool_upto"] == 20
@@ -217,10 +219,10 @@ def test_a_server_heard_while_it_is_called_silent_stays_online(world):
     world.server("dev")
     server_id = world.servers["dev"]
     for _ in range(200):
-        with sessions._life._lock:
-            sessions._life._heard[server_id] = (sessions._life._ticked - 1000, 0.0)
-        at_once(2, lambda n: sessions.alive(server_id) if n else sessions.notice_silence(500))
-        sessions.alive(server_id)
+        with servers._life._lock:
+            servers._life._heard[server_id] = (servers._life._ticked - 1000, 0.0)
+        at_once(2, lambda n: servers.alive(server_id) if n else servers.notice_silence(500))
+        servers.alive(server_id)
         assert world.server_row("dev")["online"] == 1
 
 

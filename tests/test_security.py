@@ -8,6 +8,7 @@ import pytest
 
 import auth
 import models
+import servers
 import sessions
 import tasks
 from auth import HUB
@@ -510,7 +511,7 @@ def test_answers_carry_the_headers_that_keep_browsers_careful(client):
         ("operator", lambda s: s.callers["operator"].post("auth/logout")),
         ("operator", lambda s: auth.change_user(HUB, "the-operator", {"disabled": True})),
         ("operator", lambda s: auth.delete_user(HUB, "the-operator")),
-        ("server", lambda s: sessions.revoke(HUB, s.objects["shop"]["servers"])),
+        ("server", lambda s: servers.revoke(HUB, s.objects["shop"]["servers"])),
         ("worker", lambda s: close(s.objects["shop"]["worker"])),
     ],
     ids=["logout", "disabled", "deleted", "revoked", "session closed"],

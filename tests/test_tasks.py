@@ -9,8 +9,10 @@ import cascade
 import models
 import moves
 import reading
+import servers
 import sessions
 import tasks
+import wire
 from auth import HUB
 from models import Conflict, Forbidden, Invalid, NotFound
 
@@ -288,14 +290,14 @@ def test_a_capability_declared_later_lets_a_waiting_task_go(world):
     world.server("dev", capabilities=[], languages=["python"])
     world.task("A", requirements={"capabilities": ["gpu"]}, auto_assign=True)
     assert world.reason("A") == "no server fits; nearest is dev: no capability gpu"
-    sessions.change_server(HUB, "dev", {"declared": {"capabilities": ["gpu"]}})
+    servers.change_server(HUB, "dev", {"declared": {"capabilities": ["gpu"]}})
     assert world.on("A") == "dev"
 
 
 def test_a_repo_the_agent_brings_later_lets_a_waiting_task_go(world):
     world.server("dev", repos=["a"])
     world.task("A", target_repo="b", auto_assign=True)
-    sessions.sync(world.key("dev"), {"instance": "1", "capabilities": {"repos": {"b": "/b"}}})
+    wire.sync(world.key("dev"), {"instance": "1", "capabilities": {"repos": {"b": "/b"}}})
     assert world.on("A") == "dev"
 
 
@@ -303,9 +305,9 @@ def test_more_slots_let_more_waiting_tasks_go(world):
     world.server("dev", slots=1)
     for name in "123":
         world.task(name, auto_assign=True)
-    sessions.change_server(HUB, "dev", {"slots": 2})
+    servers.change_server(HUB, "dev", {"slots": 2})
     assert [world.status(n) for n in "123"] == ["assigned", "assigned", "pending"]
-    sessions.change_server(HUB, "dev", {"slots": 1})
+    servers.change_server(HUB, "dev", {"slots": 1})
     world.complete("1")
     assert world.status("3") == "pending"
     world.check()
@@ -313,18 +315,18 @@ def test_more_slots_let_more_waiting_tasks_go(world):
 
 def test_what_an_admin_declares_in_two_steps_is_kept(world):
     world.server("dev", slots=4)
-    sessions.change_server(HUB, "dev", {"slots": 1})
-    sessions.change_server(HUB, "dev", {"declared": {"languages": ["rust"]}})
-    sessions.change_server(HUB, "dev", {"declared": {"capabilities": ["gpu"]}})
-    shown = sessions.server_json(world.server_row("dev"))
+    servers.change_server(HUB, "dev", {"slots": 1})
+    servers.change_server(HUB, "dev", {"declared": {"languages": ["rust"]}})
+    servers.change_server(HUB, "dev", {"declared": {"capabilities": ["gpu"]}})
+    shown = servers.server_json(world.server_row("dev"))
     assert (shown["slots"], shown["languages"], shown["capabilities"]) == (1, ["rust"], ["gpu"])
 
 
 @pytest.mark.parametrize(
     ("act", "sentence"),
     [
-        (lambda: sessions.drain(HUB, "dev"), "no server fits; nearest is dev: draining"),
-        (lambda: sessions.revoke(HUB, "dev"), "no server is registered in this project"),
+        (lambda: servers.drain(HUB, "dev"), "no server fits; nearest is dev: draining"),
+        (lambda: servers.revoke(HUB, "dev"), "no server is registered in this project"),
     ],
 )
 def test_a_server_put_aside_takes_nothing_new(world, act, sentence):
@@ -337,11 +339,11 @@ def test_a_server_put_aside_takes_nothing_new(world, act, sentence):
 def test_a_drained_server_ends_its_work_and_takes_new_after_resume(world):
     world.server("dev")
     world.working("A")
-    sessions.drain(HUB, "dev")
+    servers.drain(HUB, "dev")
     world.task("B", auto_assign=True)
     world.complete("A")
     assert world.status("B") == "pending"
-    sessions.resume(HUB, "dev")
+    servers.resume(HUB, "dev")
     assert world.on("B") == "dev"
 
 
@@ -349,7 +351,7 @@ def test_a_revoked_servers_work_goes_to_others_as_the_next_attempt(world):
     world.server("a")
     world.working("A")
     world.server("b")
-    sessions.revoke(HUB, "a")
+    servers.revoke(HUB, "a")
     assert (world.on("A"), world.status("A"), world.row("A")["attempt"]) == ("b", "assigned", 2)
     world.check()
 
@@ -361,7 +363,7 @@ def test_work_given_by_hand_to_a_server_that_is_revoked_does_not_wait_for_it_for
     world.task("up", auto_assign=True)
     world.task("blocked", after=["up"])
     world.assign("blocked", server="a")
-    sessions.revoke(HUB, "a")
+    servers.revoke(HUB, "a")
     assert world.on("running") == "b"
     world.complete("up")
     assert world.on("blocked") == "b"
@@ -725,7 +727,7 @@ def test_an_amended_contract_reaches_a_task_that_has_not_been_given_away(world):
     world.task("B", inputs={"k": "A"}, target_repo="nowhere")
     world.complete("A", contracts={"k": "old"})
     tasks.amend_contract(HUB, world.ids["A"], "k", "new")
-    sessions.change_server(HUB, "dev", {"declared": {"repos": {"nowhere": {"path": "/n"}}}})
+    servers.change_server(HUB, "dev", {"declared": {"repos": {"nowhere": {"path": "/n"}}}})
     assert world.on("B") == "dev"
     assert world.json("B")["resolved_inputs"] == {"k": "new"}
 
@@ -826,7 +828,7 @@ def test_a_report_of_an_older_attempt_is_fenced(world):
     world.server("b")
     old = world.key("a")
     world.offline("a")
-    assert sessions.release_lost(time.time() + 1000, 900) == 1
+    assert servers.release_lost(time.time() + 1000, 900) == 1
     assert (world.on("A"), world.row("A")["attempt"]) == ("b", 2)
     world.online("a")
     with pytest.raises(Conflict) as refused:
@@ -931,7 +933,7 @@ def test_a_waiting_task_that_still_fits_nobody_waits_by_its_new_wishes(world):
     world.task("A", target_repo="b", auto_assign=True)
     world.update("A", target_repo="c", priority="high")
     assert world.reason("A") == "no server has repo c"
-    sessions.sync(world.key("dev"), {"instance": "1", "capabilities": {"repos": {"c": "/c"}}})
+    wire.sync(world.key("dev"), {"instance": "1", "capabilities": {"repos": {"c": "/c"}}})
     assert world.on("A") == "dev"
 
 
@@ -989,7 +991,7 @@ def test_the_command_of_an_assigned_task_carries_everything_its_worker_needs(wor
     world.working("A")
     world.task("B", inputs={"k": "A"}, target_repo="core", command=["make", "test"])
     world.complete("A", contracts={"k": API})
-    frames = sessions.pending_commands(world.servers["dev"], {}, 0.0)
+    frames = wire.pending_commands(world.servers["dev"], {}, 0.0)
     [frame] = [f for f in frames if f["task"]["title"] == "B"]
     assert frame["type"] == "task_assigned"
     assert (frame["attempt"], frame["require_plan"]) == (1, False)
@@ -1003,11 +1005,11 @@ def test_the_command_of_an_assigned_task_carries_everything_its_worker_needs(wor
 
 def test_a_server_set_to_manual_gets_the_task_but_no_worker(world):
     world.server("dev")
-    sessions.change_server(HUB, "dev", {"manual": True})
+    servers.change_server(HUB, "dev", {"manual": True})
     world.task("A", command=["true"], auto_assign=True)
     assert world.status("A") == "assigned"
     assert models.rows("SELECT * FROM session") == []
-    [frame] = sessions.pending_commands(world.servers["dev"], {}, 0.0)
+    [frame] = wire.pending_commands(world.servers["dev"], {}, 0.0)
     assert "start" not in frame and "session_id" not in frame
 
 
@@ -1015,7 +1017,7 @@ def test_a_released_attempts_command_is_never_sent(world):
     world.server("a")
     world.working("A")
     world.server("b")
-    sessions.revoke(HUB, "a")
-    assert sessions.pending_commands(world.servers["a"], {}, 0.0) == []
-    [frame] = sessions.pending_commands(world.servers["b"], {}, 0.0)
+    servers.revoke(HUB, "a")
+    assert wire.pending_commands(world.servers["a"], {}, 0.0) == []
+    [frame] = wire.pending_commands(world.servers["b"], {}, 0.0)
     assert frame["attempt"] == 2

@@ -9,6 +9,7 @@ import pytest
 
 import auth
 import models
+import servers
 import sessions
 import sockets
 import tasks
@@ -185,7 +186,7 @@ def test_the_capabilities_of_the_sync_count_at_once(world, wire):
             "slots": 7,
         }
     )
-    shown = sessions.server_json(world.server_row("dev"))
+    shown = servers.server_json(world.server_row("dev"))
     assert shown["repos"] == {"core": {"path": "/srv/core", "branch": "main"}}
     assert (shown["languages"], shown["slots"]) == (["rust"], 7)
     assert world.on("A") == "dev"
@@ -223,7 +224,7 @@ def test_a_command_is_sent_until_it_is_acknowledged(world, agent, monkeypatch):
     [sent] = agent.call()
     assert sent["type"] == "task_assigned"
     assert agent.call() == []
-    monkeypatch.setattr(sessions, "RESEND_S", 0.05)
+    monkeypatch.setattr("wire.RESEND_S", 0.05)
     [again] = wait_until(agent.call)
     assert again == sent
     agent.call(agent.ack(sent["id"]))
@@ -695,8 +696,8 @@ def test_a_task_on_a_server_that_stays_away_is_released_and_given_to_another(wor
     world.server("other")
     world.offline("dev")
     now = time.time()
-    assert sessions.release_lost(now + 899) == 0
-    assert sessions.release_lost(now + 901) == 1
+    assert servers.release_lost(now + 899) == 0
+    assert servers.release_lost(now + 901) == 1
     assert (world.on("A"), world.row("A")["attempt"]) == ("other", 2)
     [released] = world.events("A", "task_released")
     assert released["details"]["why"] == "server dev has been away for 900 s"
@@ -709,7 +710,7 @@ def test_a_task_that_is_to_ask_stays_with_a_server_that_is_away(world, wire):
     world.task("A", command=["x"], on_lost="ask", auto_assign=True)
     world.server("other")
     world.offline("dev")
-    assert sessions.release_lost(time.time() + 1000) == 0
+    assert servers.release_lost(time.time() + 1000) == 0
     assert world.on("A") == "dev"
 
 
@@ -735,7 +736,7 @@ def test_an_open_poll_ends_within_a_second_when_its_key_is_taken_away(world, wir
     wait_until(lambda: link.inbox._ready._waiters)
     began = time.monotonic()
     if how == "revoke":
-        sessions.revoke(HUB, "dev")
+        servers.revoke(HUB, "dev")
     else:
         world.server("dev", machine_id="m")
     waiting.join(15)
@@ -750,7 +751,7 @@ def test_a_revoked_servers_commands_are_not_delivered(world, wire):
     agent = wire("dev")
     agent.connect()
     world.task("A", command=["x"], auto_assign=True)
-    sessions.revoke(HUB, "dev")
+    servers.revoke(HUB, "dev")
     assert agent.ask()[0] == 401
     assert world.commands("dev") == []
 

@@ -1,0 +1,400 @@
+"""Every use case on servers: registration, administration, signs of life, silence noticed."""
+
+import logging
+import threading
+import time
+
+import auth
+import cascade
+import reading
+import routing
+import sessions
+import tasks
+from auth import HUB, Caller, find, require
+from models import (
+    Conflict,
+    Invalid,
+    Server,
+    dumps,
+    execute,
+    iso,
+    loads,
+    one,
+    rows,
+    transaction,
+)
+
+log = logging.getLogger("orchestratia.servers")
+
+
+HEARTBEAT_S = 30.0
+OFFLINE_AFTER_S = 90.0
+LOST_AFTER_S = 900.0
+SLOTS_MOST = 10_000
+
+
+def register(data: dict, address: str) -> dict:
+    """Take a registration token and make or renew the server it is for.
+
+    data: the body of servers/register. Returns {id, api_key, name, project_id, project_name,
+    heartbeat_s, renewed}; the key is shown this once. Raises Unauthorised for the token and
+    Conflict for a name that another machine has.
+    """
+    key = auth.new_server_key()
+    with transaction() as tx:
+        token = auth.redeem(data["registration_token"])
+        project = one("SELECT * FROM project WHERE id = ?", (token["project_id"],))
+        name = data["name"].strip()
+        server = auth.renewable(project["id"], data.get("machine_id") or "", name)
+        columns = _registered_columns(data, address) | {"key_hash": auth.digest(key)}
+        renewed = bool(server)
+        if server:
+            Server.update(**columns).where(Server.id == server.id).execute()
+        else:
+            _refuse_taken_name(project["id"], name)
+            server = Server.create(project_id=project["id"], name=name, **columns)
+        execute("UPDATE registration SET server_id = ? WHERE id = ?", (server.id, token["id"]))
+        tx.emit(
+            "server_registered",
+            project["id"],
+            f"server:{name}",
+            {"name": name, "hostname": columns["hostname"], "token": token["id"]},
+            server=server.id,
+        )
+        tx.tell(f"server:{server.id}", "revoked")  # whoever still uses the old key
+    return {
+        "id": server.id,
+        "api_key": key,
+        "name": name,
+        "project_id": project["id"],
+        "project_name": project["name"],
+        "heartbeat_s": HEARTBEAT_S,
+        "renewed": renewed,
+    }
+
+
+def _registered_columns(data: dict, address: str) -> dict:
+    system = data.get("system_info") or {}
+    declared = data.get("capabilities") or {}
+    return {
+        "hostname": data.get("hostname") or "",
+        "os": data.get("os") or "",
+        "machine_id": data.get("machine_id") or "",
+        "repos": repos_of(data.get("repos")),
+        "info": system | {"address": address},
+        "slots": declared.get("slots") or (system.get("cpu_count") or 1) + 2,
+        **{kind: declared.get(kind) for kind in cascade.LISTS},
+    }
+
+
+def repos_of(given: dict | None) -> dict:
+    """{name: {path, branch}} from either form an agent may send."""
+    return {
+        name: value if isinstance(value, dict) else {"path": value, "branch": None}
+        for name, value in (given or {}).items()
+    }
+
+
+def _refuse_taken_name(project_id: str, name: str, but: str = "") -> None:
+    if not name:
+        raise Invalid("A server needs a name that is not empty.", field="name")
+    if one(
+        "SELECT 1 FROM server WHERE project_id = ? AND name = ? AND revoked = 0 AND id <> ?",
+        (project_id, name, but),
+    ):
+        raise Conflict(
+            f"There is a server {name!r} in this project already: choose another name (--name), "
+            "or revoke the old one first.",
+            code="name_taken",
+        )
+
+
+def list_servers(project_ids: list[str], *, revoked: bool = False) -> list[dict]:
+    marks = ", ".join("?" * len(project_ids))
+    hidden = "" if revoked else " AND revoked = 0"
+    found = rows(
+        f"SELECT * FROM server WHERE project_id IN ({marks}){hidden} ORDER BY name", project_ids
+    )
+    return [server_json(row) for row in found]
+
+
+def server_json(row: dict) -> dict:
+    value = routing.server_value(row)
+    live = one(
+        "SELECT COUNT(*) AS n FROM session WHERE server_id = ?"
+        " AND state IN ('starting', 'active', 'disconnected', 'recovering')",
+        (row["id"],),
+    )
+    seen = _life.seen_at(row["id"]) or row["last_seen"]
+    return {
+        "id": row["id"],
+        "name": row["name"],
+        "project_id": row["project_id"],
+        "hostname": row["hostname"],
+        "os": row["os"],
+        "status": value["status"],
+        "last_heartbeat": iso(seen),
+        "repos": value["repos"],
+        **{kind: value[kind] for kind in cascade.LISTS},
+        "profiles": loads(row["profiles"]),
+        "declared": loads(row["declared"]),
+        "slots": value["slots"],
+        "busy": row["busy"],
+        "manual": bool(row["manual"]),
+        "agent_version": row["agent_version"],
+        "system_info": _life.info(row["id"]) or loads(row["info"]),
+        "sessions": live["n"],
+        "created_at": iso(row["created_at"]),
+    }
+
+
+def get_server(caller: Caller, ref: str) -> dict:
+    return find("server", caller, ref, name="name")
+
+
+def change_server(caller: Caller, ref: str, changes: dict) -> dict:
+    """Rename, declare, set slots or manual; waiting tasks are looked at again. Raises Conflict."""
+    server = get_server(caller, ref)
+    require(caller, "server.admin", server["project_id"], "server")
+    if "name" in changes:
+        changes["name"] = changes["name"].strip()
+        _refuse_taken_name(server["project_id"], changes["name"], server["id"])
+    if changes.get("slots"):
+        changes["declared"] = (changes.get("declared") or {}) | {"slots": changes.pop("slots")}
+    if "declared" in changes:  # what is not mentioned stays as it was declared
+        changes["declared"] = loads(server["declared"]) | changes["declared"]
+    return _server_event(caller, server, "server_changed", changes, {"changed": sorted(changes)})
+
+
+def drain(caller: Caller, ref: str) -> dict:
+    """No new work for the server; what runs there goes on."""
+    return _admin_move(caller, ref, "server_draining", {"draining": True})
+
+
+def resume(caller: Caller, ref: str) -> dict:
+    """The server takes new work again."""
+    return _admin_move(caller, ref, "server_resumed", {"draining": False})
+
+
+def _admin_move(caller: Caller, ref: str, event: str, changes: dict) -> dict:
+    server = get_server(caller, ref)
+    require(caller, "server.admin", server["project_id"], "server")
+    if server["revoked"]:
+        raise Conflict(f"Server {server['name']!r} is revoked: register it again.")
+    return _server_event(caller, server, event, changes, {})
+
+
+def _server_event(caller, server: dict, event: str, changes: dict, details: dict) -> dict:
+    with transaction() as tx:
+        if changes:
+            Server.update(**changes).where(Server.id == server["id"]).execute()
+        details = details | {"server": changes.get("name", server["name"])}
+        tx.emit(event, server["project_id"], caller.actor, details, server=server["id"])
+        after = one("SELECT * FROM server WHERE id = ?", (server["id"],))
+        routing.place_waiting(tx, after)
+    return one("SELECT * FROM server WHERE id = ?", (server["id"],))
+
+
+def revoke(caller: Caller, ref: str) -> dict:
+    """Take the server's key away for good; its work is routed anew."""
+    server = get_server(caller, ref)
+    require(caller, "server.admin", server["project_id"], "server")
+    if server["revoked"]:
+        return server
+    with transaction() as tx:
+        Server.update(revoked=True, online=False, key_hash=None).where(
+            Server.id == server["id"]
+        ).execute()
+        tx.emit(
+            "server_revoked",
+            server["project_id"],
+            caller.actor,
+            {"server": server["name"]},
+            server=server["id"],
+        )
+        for session in sessions.believed_alive(server["id"]):
+            sessions.move(tx, session, "lose", HUB.actor, reason="its server was revoked")
+        execute(
+            "UPDATE task SET pinned_server = NULL, pinned_session = NULL, auto_assign = 1"
+            " WHERE pinned_server = ?",
+            (server["id"],),
+        )
+        for task in _tasks_on(server["id"]):
+            tasks.release(tx, task, f"server {server['name']} was revoked", caller.actor)
+        execute(
+            "UPDATE command SET acked_at = ? WHERE server_id = ? AND acked_at IS NULL",
+            (tx.now, server["id"]),
+        )
+        tx.tell(f"server:{server['id']}", "revoked")
+        tx.tell("access")
+    _life.forget(server["id"])
+    return one("SELECT * FROM server WHERE id = ?", (server["id"],))
+
+
+def _tasks_on(server_id: str) -> list[dict]:
+    held = sorted(cascade.HOLDS_SLOT)
+    return rows(
+        f"SELECT * FROM task WHERE server_id = ? AND status IN ({', '.join('?' * len(held))})",
+        [server_id, *held],
+    )
+
+
+def assigned_tasks(caller: Caller) -> list[dict]:
+    """The tasks on the caller's server, whole, oldest first."""
+    return reading.tasks_json(sorted(_tasks_on(caller.server_id), key=lambda t: t["seq"]))
+
+
+class _Life:
+    """When each server was last heard of. In memory: a hub that was away knows of no silence."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._heard: dict[str, tuple[float, float]] = {}  # monotonic, wall clock
+        self._info: dict[str, dict] = {}
+        self._unsaved: set[str] = set()
+        self._ticked = time.monotonic()
+
+    def hear(self, server_id: str, info: dict | None = None) -> bool:
+        """Note a sign of life; True when the server was not known to live."""
+        with self._lock:
+            if info:
+                self._info[server_id] = info
+            fresh = server_id not in self._heard
+            self._heard[server_id] = (time.monotonic(), time.time())
+            self._unsaved.add(server_id)
+            return fresh
+
+    def forget(self, server_id: str) -> None:
+        with self._lock:
+            self._heard.pop(server_id, None)
+            self._info.pop(server_id, None)
+            self._unsaved.discard(server_id)
+
+    def seen_at(self, server_id: str) -> float | None:
+        heard = self._heard.get(server_id)
+        return heard[1] if heard else None
+
+    def silent(self, seconds: float) -> list[str]:
+        """Servers not heard of for so long; none after this process itself was asleep."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._ticked > seconds / 2:
+                self._heard = {k: (now, wall) for k, (_, wall) in self._heard.items()}
+            self._ticked = now
+            return [k for k, (heard, _) in self._heard.items() if now - heard > seconds]
+
+    def info(self, server_id: str) -> dict | None:
+        """The system_info of its last heartbeat, if this process has had one."""
+        return self._info.get(server_id)
+
+    def take_unsaved(self) -> list[tuple[float, dict | None, str]]:
+        """(seen at, system_info, server id) of those heard since the last call."""
+        with self._lock:
+            unsaved = [
+                (self._heard[s][1], self._info.get(s), s) for s in self._unsaved if s in self._heard
+            ]
+            self._unsaved.clear()
+            return unsaved
+
+    def reset(self, server_ids: list[str]) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._heard = dict.fromkeys(server_ids, (now, time.time()))
+            self._info.clear()
+            self._unsaved.clear()
+            self._ticked = now
+
+
+_life = _Life()
+
+
+def begin() -> None:
+    """Forget what an earlier hub in this process knew and give every server a fresh start."""
+    _life.reset([r["id"] for r in rows("SELECT id FROM server WHERE online = 1")])
+    sessions.screens.clear()
+
+
+def alive(server_id: str, system_info: dict | None = None) -> None:
+    """A sign of life: the server is online from now on."""
+    if not _life.hear(server_id, system_info):
+        return
+    try:
+        _came_online(server_id)
+    except BaseException:
+        _life.forget(server_id)  # not written down: the next sign of life tries again
+        raise
+
+
+def _came_online(server_id: str) -> None:
+    with transaction() as tx:
+        server = one(
+            "UPDATE server SET online = 1, offline_at = NULL WHERE id = ? AND online = 0"
+            " AND revoked = 0 RETURNING *",
+            (server_id,),
+        )
+        if server:
+            tx.emit(
+                "server_online",
+                server["project_id"],
+                f"server:{server['name']}",
+                {"server": server["name"]},
+                server=server_id,
+            )
+            routing.place_waiting(tx, server)
+
+
+def heartbeat(caller: Caller, system_info: dict | None) -> None:
+    alive(caller.server_id, system_info)
+
+
+def save_heartbeats() -> None:
+    """Write the latest signs of life into the table, in one batch."""
+    unsaved = _life.take_unsaved()
+    if unsaved:
+        with transaction():
+            for at, info, server_id in unsaved:
+                execute(
+                    "UPDATE server SET last_seen = ?, info = COALESCE(?, info) WHERE id = ?",
+                    (at, dumps(info) if info else None, server_id),
+                )
+
+
+def notice_silence(offline_after: float = OFFLINE_AFTER_S) -> list[str]:
+    """Call servers offline that gave no sign of life for so many seconds; their ids."""
+    gone = _life.silent(offline_after)
+    for server_id in gone:
+        with transaction() as tx:
+            if server_id not in _life.silent(offline_after):
+                continue  # it spoke while we waited for our turn
+            _life.forget(server_id)
+            server = one(
+                "UPDATE server SET online = 0, offline_at = ? WHERE id = ? AND online = 1"
+                " RETURNING *",
+                (tx.now, server_id),
+            )
+            if server:
+                tx.emit(
+                    "server_offline",
+                    server["project_id"],
+                    HUB.actor,
+                    {"server": server["name"], "silent_s": round(offline_after)},
+                    server=server_id,
+                )
+                sessions.disconnect(tx, server_id)
+    return gone
+
+
+def release_lost(now: float, lost_after: float = LOST_AFTER_S) -> int:
+    """Take their work from servers that have been away for `lost_after` seconds; how many tasks."""
+    released = 0
+    for server in rows(
+        "SELECT * FROM server WHERE online = 0 AND offline_at <= ? AND busy > 0",
+        (now - lost_after,),
+    ):
+        for task in _tasks_on(server["id"]):
+            if task["on_lost"] == "retry":
+                with transaction() as tx:
+                    why = f"server {server['name']} has been away for {lost_after:g} s"
+                    tasks.release(tx, task, why)
+                released += 1
+    return released

@@ -1,0 +1,498 @@
+"""What agents and hub say to each other, whichever carrier brings it: commands out, reports and
+output in. Frames are handled by the tables SPOOLED and PASSING.
+"""
+
+import logging
+import sqlite3
+import time
+from base64 import b64decode
+from datetime import datetime
+
+import auth
+import cascade
+import moves
+import reading
+import routing
+import servers
+import sessions
+import tasks
+from auth import HUB, Caller
+from models import (
+    NotFound,
+    Refused,
+    Server,
+    Transaction,
+    bus,
+    execute,
+    in_chunks,
+    iso,
+    loads,
+    one,
+    rows,
+    transaction,
+)
+
+log = logging.getLogger("orchestratia.wire")
+
+
+POLL_SILENCE_S = 40.0
+RESEND_S = 10.0
+COMMANDS_AT_ONCE = 200
+BLOCK_MOST = 64 * 1024
+SESSIONS_MOST = 1000  # one server may name at once
+
+
+def pending_commands(server_id: str, sent: dict[int, float], now: float) -> list[dict]:
+    """Frames of unacknowledged commands that were not sent within RESEND_S; marks them as sent.
+
+    sent: {command id: when it was sent on this connection}. Commands that have become pointless
+    are closed here.
+    """
+    waiting = rows(
+        "SELECT * FROM command WHERE server_id = ? AND acked_at IS NULL ORDER BY id LIMIT ?",
+        (server_id, COMMANDS_AT_ONCE),
+    )
+    for gone in sent.keys() - {row["id"] for row in waiting}:
+        del sent[gone]
+    frames = []
+    for row in waiting:
+        if row["id"] in sent and now - sent[row["id"]] < RESEND_S:
+            continue
+        frame = COMPOSE[row["type"]](row)
+        if frame is None:
+            _drop_command(row)
+            continue
+        sent[row["id"]] = now
+        frames.append({"type": row["type"], "id": row["id"]} | frame)
+    return frames
+
+
+def _drop_command(row: dict) -> None:
+    """A command that became pointless before it was sent, and the session it would have started."""
+    with transaction() as tx:
+        acknowledge(row["server_id"], [row["id"]])
+        session = one("SELECT * FROM session WHERE id = ?", (row["session_id"],))
+        if session and session["state"] == "starting":
+            why = "its task was taken back before it started"
+            sessions.move(tx, session, "close", HUB.actor, reason=why, closed_at=tx.now)
+
+
+def acknowledge(server_id: str, ids: list[int]) -> None:
+    with transaction() as tx:
+        for part, marks in in_chunks(ids):
+            execute(
+                f"UPDATE command SET acked_at = ? WHERE server_id = ? AND id IN {marks}",
+                [tx.now, server_id, *part],
+            )
+
+
+def _compose_assigned(row: dict) -> dict | None:
+    task = one("SELECT * FROM task WHERE id = ?", (row["task_id"],))
+    if task["attempt"] != row["attempt"] or task["status"] not in cascade.HOLDS_SLOT:
+        return None
+    frame = {
+        "task": reading.task_json(task),
+        "attempt": row["attempt"],
+        "require_plan": bool(task["require_plan"]),
+    }
+    session = row["session_id"] and one("SELECT * FROM session WHERE id = ?", (row["session_id"],))
+    if session and session["task_id"] == task["id"]:
+        frame["start"] = _start_fields(session)
+    elif session:
+        frame["session_id"] = session["id"]
+    return frame
+
+
+def _compose_start(row: dict) -> dict | None:
+    session = one("SELECT * FROM session WHERE id = ?", (row["session_id"],))
+    return _start_fields(session) if session["state"] == "starting" else None
+
+
+def _start_fields(session: dict) -> dict:
+    return {
+        "session_id": session["id"],
+        "session_key": auth.session_key(session["id"]),
+        "name": session["name"],
+        "project_id": session["project_id"],
+        "role": session["role"],
+        "working_directory": session["working_directory"],
+        "repo": session["repo"],
+        "cols": session["cols"],
+        "rows": session["rows"],
+        "profile": session["profile"],
+        "command": loads(session["command"]),
+        "prompt": None,
+        "env": {},
+        "task_id": session["task_id"],
+        "attempt": session["attempt"],
+    }
+
+
+def _compose_plain(row: dict) -> dict:
+    matter = loads(row["body"])
+    return {
+        "session_id": row["session_id"],
+        "task_id": row["task_id"],
+        "attempt": row["attempt"],
+    } | matter
+
+
+COMPOSE = {
+    "task_assigned": _compose_assigned,
+    "session_start": _compose_start,
+    "session_close": _compose_plain,
+    "task_cancelled": _compose_plain,
+    "task_updated": _compose_plain,
+    "task_status_update": _compose_plain,
+}
+MALFORMED = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+)
+
+
+def greet(caller: Caller, frame: dict) -> None:
+    """Take note of who connects: version, instance and where its spool stands."""
+    spool_id, first = frame.get("spool_id") or "", int(frame.get("spool_first") or 1)
+    with transaction():
+        server = one("SELECT * FROM server WHERE id = ?", (caller.server_id,))
+        known = server["spool_upto"] if server["spool_id"] == spool_id else 0
+        execute(
+            "UPDATE server SET agent_version = ?, spool_id = ?, spool_upto = ? WHERE id = ?",
+            (str(frame.get("agent_version") or ""), spool_id, max(known, first - 1), server["id"]),
+        )
+
+
+def sync(caller: Caller, frame: dict) -> dict:
+    """Compare what the agent has with what should be, repair the difference; the sync_ok frame."""
+    instance = str(frame.get("instance") or "")
+    if len(frame.get("sessions") or ()) > SESSIONS_MOST:
+        raise ValueError(f"more than {SESSIONS_MOST} sessions")
+    with transaction() as tx:
+        server = one("SELECT * FROM server WHERE id = ?", (caller.server_id,))
+        restarted = server["instance"] != instance
+        _update_capabilities(server, frame.get("capabilities") or {}, instance)
+        answer, named, adopt = [], set(), []
+        for item in frame.get("sessions") or ():
+            session = _named_session(tx, server, item, adopt)
+            named.add(session["id"])
+            answer.append(_reconcile(tx, session, item, restarted))
+        for session in sessions.believed_alive(server["id"]):
+            if session["id"] not in named and session["started_at"]:
+                _lose(tx, session, "the agent does not have it any more")
+        routing.place_waiting(tx, one("SELECT * FROM server WHERE id = ?", (server["id"],)))
+    return {"type": "sync_ok", "sessions": answer, "adopt": adopt}
+
+
+def _update_capabilities(server: dict, has: dict, instance: str) -> None:
+    columns = {"instance": instance}
+    if "repos" in has:
+        columns["repos"] = servers.repos_of(has["repos"])
+    columns |= {kind: _words(has[kind]) for kind in cascade.LISTS if kind in has}
+    columns |= {k: has[k] for k in ("profiles", "os") if has.get(k)}
+    if has.get("slots") and isinstance(has["slots"], int):
+        columns["slots"] = min(max(has["slots"], 1), servers.SLOTS_MOST)
+    Server.update(**columns).where(Server.id == server["id"]).execute()
+
+
+def _words(given) -> list[str] | None:
+    """A declared list, or None for undeclared. Raises ValueError for anything else."""
+    if given is None or (isinstance(given, list) and all(isinstance(w, str) for w in given)):
+        return given
+    raise ValueError(f"not a list of words: {given!r}")
+
+
+def _named_session(tx: Transaction, server: dict, item: dict, adopt: list) -> dict:
+    """The hub's row of a session the agent has; one it does not know is adopted."""
+    session = item.get("session_id") and one(
+        "SELECT * FROM session WHERE id = ? AND server_id = ?", (item["session_id"], server["id"])
+    )
+    if session:
+        return session
+    tmux_name = str(item.get("tmux_name") or "")
+    session = one(
+        "SELECT * FROM session WHERE server_id = ? AND tmux_name = ? ORDER BY seq DESC LIMIT 1",
+        (server["id"], tmux_name),
+    )
+    if not session:
+        session_id = moves.new_session(
+            tx,
+            project_id=server["project_id"],
+            server_id=server["id"],
+            name=tmux_name or "adopted",
+            role="plain",
+            created_by=f"server:{server['name']}",
+        )
+        execute(
+            "UPDATE session SET tmux_name = ?, state = 'lost' WHERE id = ?", (tmux_name, session_id)
+        )
+        session = one("SELECT * FROM session WHERE id = ?", (session_id,))
+    adopt.append({"tmux_name": tmux_name, "session_id": session["id"]})
+    return session
+
+
+def _reconcile(tx: Transaction, session: dict, item: dict, restarted: bool) -> dict:
+    ended = session["state"] in ("closed", "failed")
+    if not ended and item.get("alive", True):
+        verb = "recover" if restarted or session["state"] == "lost" else "reconnect"
+        sessions.move(tx, session, verb, HUB.actor)
+    return {
+        "session_id": session["id"],
+        "action": "close" if ended and item.get("alive", True) else "keep",
+        "log_acked": sessions.logs().end(session["id"]),
+    }
+
+
+def _lose(tx: Transaction, session: dict, why: str) -> None:
+    """A session is gone without an end of its own: its task is tried again elsewhere."""
+    sessions.move(tx, session, "lose", HUB.actor, reason=why)
+    for task in _open_tasks_of(session):
+        tasks.release(tx, task, f"its session is gone: {why}")
+
+
+def reconnected(server_id: str) -> None:
+    """The same agent instance is heard again after a silence."""
+    with transaction() as tx:
+        for session in sessions.believed_alive(server_id):
+            sessions.move(tx, session, "reconnect", HUB.actor)
+
+
+def disconnected(server_id: str) -> None:
+    """The agent's connection went silent."""
+    with transaction() as tx:
+        sessions.disconnect(tx, server_id)
+
+
+def _open_tasks_of(session: dict) -> list[dict]:
+    """The tasks whose present attempt this session works on: a worker's one, or what a plain
+    session was given."""
+    return [
+        task
+        for task in rows("SELECT * FROM task WHERE session_id = ?", (session["id"],))
+        if task["status"] in cascade.HOLDS_SLOT and session["attempt"] in (None, task["attempt"])
+    ]
+
+
+def take_spooled(caller: Caller, frames: list[dict]) -> int:
+    """Handle spooled frames in order, each once; the number up to which all are taken."""
+    upto = _spool_upto(caller)
+    for frame in frames:
+        if frame["spool"] <= upto:
+            continue
+        with transaction() as tx:
+            upto = _spool_upto(caller)  # again: a repeated call may be at work beside this one
+            if frame["spool"] == upto + 1:
+                _handle(tx, caller, frame)
+                execute(
+                    "UPDATE server SET spool_upto = ? WHERE id = ?", (upto + 1, caller.server_id)
+                )
+                upto += 1
+        if frame["spool"] > upto:
+            break  # one is missing before it: the agent sends on from `upto`
+    return upto
+
+
+def _spool_upto(caller: Caller) -> int:
+    return one("SELECT spool_upto FROM server WHERE id = ?", (caller.server_id,))["spool_upto"]
+
+
+def _handle(tx: Transaction, caller: Caller, frame: dict) -> None:
+    """A frame that cannot be used must not stop those behind it: it is logged and passed."""
+    handler = SPOOLED.get(frame.get("type"))
+    if handler is None:
+        return
+    try:
+        with transaction():
+            handler(tx, caller, frame)
+    except (Refused, cascade.RuleBroken) as refused:
+        log.info("%s: %s not taken: %s", caller.name, frame.get("type"), refused)
+    except MALFORMED as broken:
+        log.warning("%s: malformed %s: %r", caller.name, frame.get("type"), broken)
+
+
+def _own_session(caller: Caller, frame: dict) -> dict:
+    session = one(
+        "SELECT * FROM session WHERE id = ? AND server_id = ?",
+        (frame["session_id"], caller.server_id),
+    )
+    if not session:
+        raise NotFound(f"{caller.name} has no session {frame['session_id']!r}.")
+    return session
+
+
+def _session_started(tx, caller: Caller, frame: dict) -> None:
+    session = _own_session(caller, frame)
+    if session["state"] == "starting":
+        sessions.session_event(
+            tx, session, "session_started", caller.actor, {"name": session["name"]}
+        )
+    sessions.move(
+        tx,
+        session,
+        "started",
+        HUB.actor,
+        pid=frame.get("pid"),
+        tmux_name=frame.get("tmux_name") or session["tmux_name"],
+        working_directory=frame.get("working_directory") or session["working_directory"],
+        started_at=session["started_at"] or tx.now,
+    )
+
+
+def _session_error(tx, caller: Caller, frame: dict) -> None:
+    session = _own_session(caller, frame)
+    error = str(frame.get("error") or "the session could not be started")[:2000]
+    open_tasks = _open_tasks_of(session)
+    sessions.move(tx, session, "fail", caller.actor, error=error, closed_at=tx.now)
+    for task in open_tasks:
+        tasks.fail(caller, task["id"], error, task["attempt"])
+
+
+def _session_recovered(tx, caller: Caller, frame: dict) -> None:
+    sessions.move(tx, _own_session(caller, frame), "recover", caller.actor)
+
+
+def _session_closed(tx, caller: Caller, frame: dict) -> None:
+    session = _own_session(caller, frame)
+    code = frame.get("exit_code")
+    open_tasks = _open_tasks_of(session)
+    sessions.move(
+        tx,
+        session,
+        "close",
+        caller.actor,
+        exit_code=code,
+        closed_at=tx.now,
+        activity="idle",
+        log_end=int(frame.get("log_end") or 0),
+    )
+    for task in open_tasks:
+        if code is None:  # no program's end: the terminal itself is gone, as after a reboot
+            tasks.release(tx, task, f"its terminal on {caller.name} is gone")
+        else:
+            error = f"the worker's session ended without a report (exit code {code})"
+            tasks.fail(caller, task["id"], error, task["attempt"])
+
+
+def _session_gap(tx, caller: Caller, frame: dict) -> None:
+    """Output that the agent could not record is missing from the log, and the record says so."""
+    missing = {k: frame.get(k) for k in ("from", "to", "why")}
+    sessions.session_event(
+        tx, _own_session(caller, frame), "session_log_gap", caller.actor, missing
+    )
+
+
+ACTIVITIES = ("working", "idle", "waiting_input", "error", "quota", "no_signal")
+BLOCKED = tuple(f"blocked:{what}" for what in ("permission", "question", "plan", "trust"))
+
+
+def _session_activity(_tx, caller: Caller, frame: dict) -> None:
+    session = _own_session(caller, frame)
+    if frame.get("state") in ACTIVITIES + BLOCKED:
+        execute(
+            "UPDATE session SET activity = ?, reason = ? WHERE id = ?",
+            (frame["state"], frame.get("reason"), session["id"]),
+        )
+
+
+def _task_report(_tx, caller: Caller, frame: dict) -> None:
+    """An implicit report says only how the worker's program ended: what the worker has said
+    itself before that stands."""
+    if frame.get("implicit") and one(
+        "SELECT 1 FROM attempt WHERE task_id = ? AND number = ?",
+        (frame["task_id"], int(frame["attempt"])),
+    ):
+        return
+    REPORTS[frame["outcome"]](caller, frame["task_id"], frame, int(frame["attempt"]))
+
+
+def _report_started(caller: Caller, task_id: str, _frame: dict, attempt: int) -> None:
+    tasks.start(caller, task_id, attempt)
+
+
+def _report_complete(caller: Caller, task_id: str, frame: dict, attempt: int) -> None:
+    """A completion that must be refused is recorded as a failed attempt with that sentence."""
+    try:
+        tasks.complete(caller, task_id, frame.get("result"), attempt)
+    except cascade.BadContract as refused:
+        tasks.fail(caller, task_id, str(refused), attempt)
+
+
+def _report_fail(caller: Caller, task_id: str, frame: dict, attempt: int) -> None:
+    tasks.fail(caller, task_id, str(frame.get("error") or "no reason given"), attempt)
+
+
+REPORTS = {
+    "started": _report_started,
+    "complete": _report_complete,
+    "fail": _report_fail,
+}
+SPOOLED = {
+    "session_started": _session_started,
+    "session_error": _session_error,
+    "session_recovered": _session_recovered,
+    "session_closed": _session_closed,
+    "session_activity": _session_activity,
+    "session_gap": _session_gap,
+    "task_report": _task_report,
+}
+
+
+def take_passing(caller: Caller, frame: dict) -> list[dict]:
+    """Handle a frame without a number; the frames to answer with. Unknown types are ignored."""
+    handler = PASSING.get(frame.get("type"))
+    if handler is None:
+        return []
+    try:
+        return handler(caller, frame) or []
+    except (NotFound, *MALFORMED) as broken:
+        log.warning("%s: %s not taken: %s", caller.name, frame.get("type"), broken)
+        return []
+
+
+def _ack(caller: Caller, frame: dict) -> None:
+    acknowledge(caller.server_id, [int(i) for i in frame["ids"]])
+
+
+def _session_log(caller: Caller, frame: dict) -> list[dict]:
+    session = _own_session(caller, frame)
+    data = b64decode(frame["data"])
+    if len(data) > BLOCK_MOST:
+        raise ValueError(f"a block of {len(data)} bytes, the most is {BLOCK_MOST}")
+    end = sessions.logs().append(session["id"], int(frame["offset"]), data, _when(frame.get("at")))
+    bus.publish(f"session:{session['id']}", {"log_end": end})
+    return [{"type": "log_ack", "session_id": session["id"], "offset": end}]
+
+
+def _when(at) -> float:
+    try:
+        return datetime.fromisoformat(at).timestamp()
+    except (TypeError, ValueError):
+        return time.time()
+
+
+def _session_screen(caller: Caller, frame: dict) -> None:
+    session = _own_session(caller, frame)
+    lines = [str(line)[:1000] for line in frame["lines"][:500]]
+    sessions.screens[session["id"]] = {"lines": lines, "at": iso(_when(frame.get("at")))}
+    sessions.screens.move_to_end(session["id"])
+    while len(sessions.screens) > sessions.SCREENS_KEPT:
+        sessions.screens.popitem(last=False)
+    bus.publish(f"session:{session['id']}", {"screen": lines})
+
+
+def _session_typed(_caller: Caller, frame: dict) -> None:
+    bus.publish(f"typed:{frame['request_id']}", frame)
+
+
+PASSING = {
+    "ack": _ack,
+    "session_log": _session_log,
+    "session_screen": _session_screen,
+    "session_typed": _session_typed,
+}
