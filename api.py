@@ -803,12 +803,12 @@ def session_output(ref, query_data: OutputPage):
 @bp.input(EventPage, location="query")
 def list_events(query_data: EventPage):
     """Events above an id, oldest first."""
-    task = query_data.task_id and auth.find("task", caller(), query_data.task_id)["id"]
+    task = query_data.task_id and auth.find("task", caller(), query_data.task_id)
     found = reading.events(
         caller(),
         query_data.after,
         project_ids=project_ids(query_data.project_id),
-        task_id=task,
+        task=task,
         limit=query_data.limit,
     )
     more = len(found) == query_data.limit

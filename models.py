@@ -386,7 +386,10 @@ def _store_events(tx: Transaction) -> int:
     if not tx.events:
         return 0
     last = execute("SELECT seq FROM sqlite_sequence WHERE name = 'event'").fetchone()
-    insert_many("event", EVENT_COLUMNS, tx.events)
+    # Indexed by the task's number, not its id: what happens together then lies together.
+    seqs = labels("task", "seq", {t for event in tx.events for t in event[2:4] if t})
+    stored = [(*event, seqs.get(event[2]), seqs.get(event[3])) for event in tx.events]
+    insert_many("event", (*EVENT_COLUMNS, "task_seq", "cause_seq"), stored)
     return (last[0] if last else 0) + 1
 
 

@@ -6,6 +6,9 @@ from models import Conflict, Transaction, dumps, execute, insert_many, new_id, o
 
 START_TIMEOUT_S = 900.0  # a worker that has not started by then is given up
 LIVE_SESSION = ("starting", "active", "recovering", "disconnected")
+# The states that hold a slot, spelt as the index of tasks by server has them.
+HELD = "status IN ('assigned', 'planning', 'plan_review', 'running', 'needs_human')"
+
 EVENT_OF = {
     "assign": "task_assigned",
     "start": "task_started",
@@ -117,12 +120,12 @@ def close_attempt(tx: Transaction, task: dict, outcome: str, report: str | None)
 def new_session(tx: Transaction, **columns) -> str:
     """Insert a session that is about to start; its id. tmux names it by 12 characters of that."""
     session_id = new_id()
-    columns |= {
+    columns = {
         "id": session_id,
         "tmux_name": f"orc-{session_id[:12]}",
         "created_at": tx.now,
         "state_at": tx.now,
-    }
+    } | columns
     insert_many("session", tuple(columns), [tuple(columns.values())])
     return session_id
 

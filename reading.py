@@ -111,9 +111,9 @@ def explain(caller: Caller, ref: str) -> dict:
     """Why the task is where it is: blockers, each server's score or reasons, who was chosen."""
     task = find("task", caller, ref)
     chosen = one(
-        "SELECT * FROM event WHERE task_id = ? AND type IN ('task_assigned', 'task_auto_assigned')"
+        "SELECT * FROM event WHERE task_seq = ? AND type IN ('task_assigned', 'task_auto_assigned')"
         " ORDER BY id DESC LIMIT 1",
-        (task["id"],),
+        (task["seq"],),
     )
     if task["status"] == "pending":
         candidates = routing.explained(
@@ -173,9 +173,9 @@ def timeline(caller: Caller, ref: str) -> list[dict]:
     return [
         event_json(row)
         for row in rows(
-            "SELECT * FROM event WHERE task_id = ? UNION SELECT * FROM event WHERE cause_id = ?"
+            "SELECT * FROM event WHERE task_seq = ? UNION SELECT * FROM event WHERE cause_seq = ?"
             " ORDER BY id",
-            (task["id"], task["id"]),
+            (task["seq"], task["seq"]),
         )
     ]
 
@@ -373,17 +373,20 @@ def list_pipelines(project_ids: list[str], limit: int = 100) -> list[dict]:
 EVENTS_MOST = 1000
 
 
-def events(caller: Caller, after: int, *, project_ids: list[str], task_id=None, limit=200):
-    """Visible events with ids above `after`, oldest first; the hub's own for its admins only."""
+def events(caller: Caller, after: int, *, project_ids: list[str], task=None, limit=200):
+    """Visible events with ids above `after`, oldest first; the hub's own for its admins only.
+
+    task: the row of the one task they are to be about.
+    """
     where, values = ["id > ?"], [after]
     if not caller.is_admin or project_ids:
         marks = ", ".join("?" * len(project_ids))
         hub = " OR project_id IS NULL" if caller.is_admin else ""
         where.append(f"(project_id IN ({marks}){hub})")
         values += project_ids
-    if task_id:
-        where.append("(task_id = ? OR cause_id = ?)")
-        values += [task_id, task_id]
+    if task:
+        where.append("(task_seq = ? OR cause_seq = ?)")
+        values += [task["seq"], task["seq"]]
     size = max(1, min(limit, EVENTS_MOST))
     found = rows(
         f"SELECT * FROM event WHERE {' AND '.join(where)} ORDER BY id LIMIT ?", [*values, size]

@@ -6,6 +6,7 @@ import time
 
 import auth
 import cascade
+import moves
 import reading
 import routing
 import sessions
@@ -232,11 +233,7 @@ def revoke(caller: Caller, ref: str) -> dict:
 
 
 def _tasks_on(server_id: str) -> list[dict]:
-    held = sorted(cascade.HOLDS_SLOT)
-    return rows(
-        f"SELECT * FROM task WHERE server_id = ? AND status IN ({', '.join('?' * len(held))})",
-        [server_id, *held],
-    )
+    return rows(f"SELECT * FROM task WHERE server_id = ? AND {moves.HELD}", (server_id,))
 
 
 def assigned_tasks(caller: Caller) -> list[dict]:

@@ -216,9 +216,10 @@ def _named_session(tx: Transaction, server: dict, item: dict, adopt: list) -> di
     if session:
         return session
     tmux_name = str(item.get("tmux_name") or "")
+    start = tmux_name.removeprefix("orc-")  # tmux names a session by the start of its id
     session = one(
-        "SELECT * FROM session WHERE server_id = ? AND tmux_name = ? ORDER BY seq DESC LIMIT 1",
-        (server["id"], tmux_name),
+        "SELECT * FROM session WHERE id >= ? AND id < ? AND server_id = ? AND tmux_name = ?",
+        (start, start + "g", server["id"], tmux_name),
     )
     if not session:
         session_id = moves.new_session(
@@ -226,11 +227,10 @@ def _named_session(tx: Transaction, server: dict, item: dict, adopt: list) -> di
             project_id=server["project_id"],
             server_id=server["id"],
             name=tmux_name or "adopted",
+            tmux_name=tmux_name,
             role="plain",
+            state="lost",  # until it is taken up again below
             created_by=f"server:{server['name']}",
-        )
-        execute(
-            "UPDATE session SET tmux_name = ?, state = 'lost' WHERE id = ?", (tmux_name, session_id)
         )
         session = one("SELECT * FROM session WHERE id = ?", (session_id,))
     adopt.append({"tmux_name": tmux_name, "session_id": session["id"]})

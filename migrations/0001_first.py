@@ -71,7 +71,8 @@ CREATE TABLE task (
 CREATE INDEX task_project ON task (project_id, seq);
 CREATE INDEX task_status ON task (project_id, status, seq);
 CREATE INDEX task_pipeline ON task (pipeline_id, seq) WHERE pipeline_id IS NOT NULL;
-CREATE INDEX task_server ON task (server_id, status) WHERE server_id IS NOT NULL;
+CREATE INDEX task_server ON task (server_id)
+    WHERE status IN ('assigned', 'planning', 'plan_review', 'running', 'needs_human');
 CREATE INDEX task_server_seq ON task (server_id, seq) WHERE server_id IS NOT NULL;
 CREATE INDEX task_session ON task (session_id) WHERE session_id IS NOT NULL;
 CREATE INDEX task_queue ON task (project_id, signature, priority DESC, waiting_since, seq)
@@ -110,7 +111,6 @@ CREATE TABLE session (
     started_at REAL, closed_at REAL, state_at REAL NOT NULL);
 CREATE INDEX session_server ON session (server_id, state);
 CREATE INDEX session_name ON session (name, state);
-CREATE INDEX session_tmux ON session (server_id, tmux_name);
 CREATE INDEX session_task ON session (task_id, attempt) WHERE task_id IS NOT NULL;
 CREATE INDEX session_project ON session (project_id, seq);
 CREATE INDEX session_state ON session (project_id, state, seq);
@@ -119,9 +119,9 @@ CREATE INDEX session_recovering ON session (state_at) WHERE state = 'recovering'
 CREATE TABLE event (
     id INTEGER PRIMARY KEY AUTOINCREMENT, project_id TEXT, type TEXT NOT NULL, task_id TEXT,
     cause_id TEXT, session_id TEXT, server_id TEXT, actor TEXT NOT NULL, details TEXT NOT NULL,
-    at REAL NOT NULL);
-CREATE INDEX event_task ON event (task_id, id) WHERE task_id IS NOT NULL;
-CREATE INDEX event_cause ON event (cause_id, id) WHERE cause_id IS NOT NULL;
+    at REAL NOT NULL, task_seq INTEGER, cause_seq INTEGER);
+CREATE INDEX event_task ON event (task_seq, id) WHERE task_seq IS NOT NULL;
+CREATE INDEX event_cause ON event (cause_seq, id) WHERE cause_seq IS NOT NULL;
 CREATE INDEX event_project ON event (project_id, id);
 
 CREATE TABLE command (
