@@ -228,6 +228,7 @@ def test_an_empty_hub_says_what_to_do_and_it_works(hub, page):
     expect(arrival).to_contain_text("dev is connected")
     page.get_by_role("button", name="Close").click()
     expect(page.locator(".server")).to_contain_text("online")
+    expect(page.get_by_label("Registration token")).to_have_count(0)
     assert token not in page.content()
     page.get_by_role("button", name="Add a server").click()
     expect(page.get_by_role("button", name="Make a token")).to_be_visible()
