@@ -200,10 +200,8 @@ def _task_for(caller: Caller, server: dict, ref: str | None) -> dict | None:
 
 
 def _live_session_of(task: dict) -> dict | None:
-    found = rows(
-        "SELECT * FROM session WHERE task_id = ? AND attempt = ?", (task["id"], task["attempt"])
-    )
-    return next((s for s in found if s["state"] in cascade.SESSION_LIVE), None)
+    session = one("SELECT * FROM session WHERE id = ?", (task["session_id"],))
+    return session if session and session["state"] in cascade.SESSION_LIVE else None
 
 
 def _new_session(tx, caller: Caller, server: dict, task: dict | None, data: dict) -> str:

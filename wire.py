@@ -274,8 +274,11 @@ def _open_tasks_of(session: dict) -> list[dict]:
     session was given."""
     return [
         task
-        for task in rows("SELECT * FROM task WHERE session_id = ?", (session["id"],))
-        if task["status"] in cascade.HOLDS_SLOT and session["attempt"] in (None, task["attempt"])
+        for task in rows(
+            f"SELECT * FROM task WHERE server_id = ? AND {moves.HELD} AND session_id = ?",
+            (session["server_id"], session["id"]),
+        )
+        if session["attempt"] in (None, task["attempt"])
     ]
 
 

@@ -74,7 +74,6 @@ CREATE INDEX task_pipeline ON task (pipeline_id, seq) WHERE pipeline_id IS NOT N
 CREATE INDEX task_server ON task (server_id)
     WHERE status IN ('assigned', 'planning', 'plan_review', 'running', 'needs_human');
 CREATE INDEX task_server_seq ON task (server_id, seq) WHERE server_id IS NOT NULL;
-CREATE INDEX task_session ON task (session_id) WHERE session_id IS NOT NULL;
 CREATE INDEX task_queue ON task (project_id, signature, priority DESC, waiting_since, seq)
     WHERE waiting_since IS NOT NULL;
 CREATE INDEX task_deadline ON task (deadline_at) WHERE deadline_at IS NOT NULL;
@@ -111,7 +110,6 @@ CREATE TABLE session (
     started_at REAL, closed_at REAL, state_at REAL NOT NULL);
 CREATE INDEX session_server ON session (server_id, state);
 CREATE INDEX session_name ON session (name, state);
-CREATE INDEX session_task ON session (task_id, attempt) WHERE task_id IS NOT NULL;
 CREATE INDEX session_project ON session (project_id, seq);
 CREATE INDEX session_state ON session (project_id, state, seq);
 CREATE INDEX session_recovering ON session (state_at) WHERE state = 'recovering';
