@@ -116,3 +116,12 @@ def test_the_state_of_a_session_is_written_by_its_own_door():
 def test_no_model_writes_tasks_around_the_door():
     for path in SOURCES:
         assert not re.search(r"\bTask\.(update|create|insert)\b", path.read_text()), path.name
+
+
+def test_the_states_that_hold_a_slot_are_spelt_alike_in_rules_queries_and_index():
+    migration = (ROOT / "migrations/0001_first.py").read_text()
+    index = re.search(
+        r"INDEX task_server ON task \(server_id\)\s+WHERE (status IN \([^)]*\))", migration
+    )
+    assert index[1] == moves.HELD
+    assert set(re.findall(r"'(\w+)'", moves.HELD)) == cascade.HOLDS_SLOT
