@@ -47,7 +47,9 @@ class Demo:
 
     def __init__(self, scratch: Path):
         self.scratch = scratch
-        self.processes = Processes(scratch, clean_env(HOME=str(scratch)))
+        # tmux leaves its socket behind: here it goes with the directory
+        env = clean_env(HOME=str(scratch), TMUX_TMPDIR=str(scratch))
+        self.processes = Processes(scratch, env)
         self.password = secrets.token_urlsafe(12)
         self.server_ids: list[str] = []
 
@@ -109,7 +111,9 @@ class Demo:
         self.processes.stop()
         for server_id in self.server_ids:
             subprocess.run(
-                ["tmux", "-L", f"orc-{server_id[:8]}", "kill-server"], stderr=subprocess.DEVNULL
+                ["tmux", "-L", f"orc-{server_id[:8]}", "kill-server"],
+                env=self.processes.env,
+                stderr=subprocess.DEVNULL,
             )
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -37,6 +38,16 @@ PASSWORD = "correct horse battery"
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "hub(**settings): settings of the `hub` fixture's process")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tmux_sockets():
+    """tmux leaves its sockets behind: those of the tests lie in a directory that goes with them.
+    (A short one: a socket's path may have 107 characters.)"""
+    with tempfile.TemporaryDirectory(prefix="orc-") as folder:
+        os.environ["TMUX_TMPDIR"] = folder
+        yield
+        del os.environ["TMUX_TMPDIR"]
 
 
 def wait_until(condition, timeout: float = 10.0, every: float = 0.02):
