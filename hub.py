@@ -60,6 +60,10 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 KINDS = {str: "text", int: "a whole number", float: "a number"}
 
 
+# How long requests under way may take when the hub stops; idle connections would keep it for ever.
+STOPPING_S = 0.5
+
+
 class BadSetting(Exception):
     """A setting that cannot be used; the sentence says which, where it came from and why."""
 
@@ -224,6 +228,7 @@ def print_login_link(settings: dict) -> int:
 
 def serve(settings: dict) -> int:
     import gevent
+    from gevent.pool import Pool
     from gevent.pywsgi import WSGIServer
 
     try:
@@ -242,7 +247,8 @@ def serve(settings: dict) -> int:
     app = create_app(settings)
     _welcome(settings)
     scheduler = start_jobs(settings)
-    server = WSGIServer(sock, app, log=None, error_log=log)
+    # A pool, so that stopping waits for the requests under way before the database is closed.
+    server = WSGIServer(sock, app, log=None, error_log=log, spawn=Pool())
     stop = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(name, stop.set)
@@ -251,7 +257,7 @@ def serve(settings: dict) -> int:
     log.info("stopping")
     scheduler.shutdown(wait=False)
     models.bus.close()
-    server.stop(timeout=2)
+    server.stop(timeout=STOPPING_S)
     servers.save_heartbeats()
     models.close_db()
     return 0

@@ -536,6 +536,7 @@ def start_hub(tmp_path):
         process.stop()
         process.http.close()
         print(f"── {process.url} ──\n{''.join(process.lines)}")
+    assert not any("Traceback" in line for process in started for line in process.lines)
 
 
 @pytest.fixture

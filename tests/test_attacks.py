@@ -252,3 +252,29 @@ def test_a_server_cannot_name_sessions_without_end(world):
     many = [{"session_id": None, "tmux_name": f"orc-{n}"} for n in range(1001)]
     with pytest.raises(ValueError, match="more than 1000 sessions"):
         wire.sync(world.key("dev"), {"instance": "i", "sessions": many})
+
+
+# ── stopping ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_hub_that_is_stopped_lets_waiting_polls_and_streams_end_in_peace(hub):
+    hub.api("POST", "projects", {"name": "shop"})
+    key = hub.register("dev")["api_key"]
+    frames = [{"type": "auth"}, {"type": "sync", "sessions": []}]
+    hub.api("POST", "server/poll", {"instance": "i", "seq": 1, "frames": frames}, key=key)
+    answers = []
+
+    def wait():
+        body = {"instance": "i", "seq": 2, "wait": 25, "frames": []}
+        answers.append(hub.ask("POST", "server/poll", body, key=key).json())
+
+    poll = threading.Thread(target=wait)
+    poll.start()
+    with hub.ask("GET", "events/stream", stream=True) as stream:
+        lines = stream.iter_lines(decode_unicode=True)
+        assert next(lines) == ": hello"
+        assert hub.stop() == 0
+        assert list(lines) is not None
+    poll.join(10)
+    assert answers == [{"seq": 2, "frames": []}]
+    assert "Traceback" not in "".join(hub.lines)
