@@ -9,6 +9,7 @@ from flask import Response, request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 import auth
+import cascade
 import reading
 import servers
 import sessions
@@ -206,7 +207,7 @@ class PipelineTask(TaskFields):
 
 
 class PipelineIn(Exact):
-    schema_: Literal["orchestratia/pipeline/v1"] | None = Field(None, alias="$schema")
+    schema_: Literal[cascade.PIPELINE] | None = Field(None, alias="$schema")
     name: Name
     description: str | None = None
     project_id: str | None = None

@@ -1,6 +1,5 @@
 """Every use case on servers: registration, administration, signs of life, silence noticed."""
 
-import logging
 import threading
 import time
 
@@ -24,9 +23,6 @@ from models import (
     rows,
     transaction,
 )
-
-log = logging.getLogger("orchestratia.servers")
-
 
 HEARTBEAT_S = 30.0
 OFFLINE_AFTER_S = 90.0

@@ -3,7 +3,6 @@
 `move` is the only door through which a session changes state.
 """
 
-import logging
 from base64 import b64decode
 from collections import OrderedDict
 
@@ -29,9 +28,6 @@ from models import (
     rows,
     transaction,
 )
-
-log = logging.getLogger("orchestratia.sessions")
-
 
 GRACE_S = 15.0
 TYPING_S = 15.0  # how long a typed text may take to be confirmed
