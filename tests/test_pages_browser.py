@@ -9,8 +9,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 import pages
-from conftest import PASSWORD, ROOT
-from test_pipeline import AgentProcess
+from conftest import PASSWORD, ROOT, AgentProcess
 
 CHROMIUM = "/usr/bin/chromium"  # the system's package; never the library's own download
 FLAGS = (

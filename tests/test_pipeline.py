@@ -1,9 +1,7 @@
 """The main job with real parts: a hub process, agent processes, tmux, the command line."""
 
 import base64
-import json
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -11,128 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, wait_until
+from conftest import ROOT, AgentProcess, wait_until
 
 FAST = {"tick_s": 0.2, "due_s": 0.2, "grace_s": 0.5}
-
-
-class AgentProcess:
-    """`python agent.py` with a config, a state directory and repos of its own."""
-
-    def __init__(self, hub, folder: Path, name: str, repos=(), languages=(), slots: int = 8):
-        self.hub, self.folder, self.name = hub, folder, name
-        self.config = folder / "config.yaml"
-        self.argv = [sys.executable, str(ROOT / "agent.py"), "--config", str(self.config)]
-        self.argv += ["--state", str(folder / "state")]
-        self.process = None
-        register = ["--name", name, "--slots", str(slots)]
-        for repo in repos:
-            (folder / repo).mkdir(parents=True)
-            register += ["--repo", f"{repo}={folder / repo}"]
-        for language in languages:
-            register += ["--language", language]
-        token = hub.api("POST", "servers/tokens", {})["token"]
-        done = self.run("--register", token, *register)
-        assert done.returncode == 0, done.stdout
-        self.server_id = hub.api("GET", f"servers/{name}")["id"]
-
-    def run(self, *argv: str) -> subprocess.CompletedProcess:
-        """Run agent.py to its end with these arguments."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return subprocess.run(
-            [*self.argv, *argv],
-            env=clean_env(self.folder),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=60,
-        )
-
-    def start(self) -> "AgentProcess":
-        self.log = (self.folder / "out.log").open("ab")
-        self.process = subprocess.Popen(
-            self.argv,
-            env=clean_env(self.folder),
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        wait_until(self.is_online, 20)
-        return self
-
-    def is_online(self) -> bool:
-        return self.hub.api("GET", f"servers/{self.name}")["status"] == "online"
-
-    def kill(self) -> None:
-        if self.process and self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
-            self.process.wait()
-        self._close()
-
-    def stop(self) -> None:
-        if self.process and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.wait(10)
-        self._close()
-
-    def _close(self) -> None:
-        if self.process:
-            self.log.close()
-
-    def tmux(self, *argv: str) -> str:
-        command = ["tmux", "-L", f"orc-{self.server_id[:8]}", *argv]
-        return subprocess.run(command, capture_output=True, text=True).stdout
-
-
-def clean_env(home: Path, **more: str) -> dict:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("ORCHESTRATIA_")}
-    return kept | {"HOME": str(home), "NO_PROXY": "127.0.0.1"} | more
-
-
-@pytest.fixture
-def start_agent(tmp_path):
-    """Register and start agents; all are stopped, their tmux servers too."""
-    started = []
-
-    def start(hub, name, **kwargs) -> AgentProcess:
-        agent = AgentProcess(hub, tmp_path / name, name, **kwargs)
-        started.append(agent)
-        return agent.start()
-
-    yield start
-    for agent in started:
-        agent.stop()
-        agent.tmux("kill-server")
-        print(f"── {agent.name} ──\n{(agent.folder / 'out.log').read_text()}")
-
-
-@pytest.fixture
-def shop(hub):
-    """The hub with its project."""
-    hub.api("POST", "projects", {"name": "shop"})
-    return hub
-
-
-@pytest.fixture
-def cli(shop, tmp_path):
-    """Run the command line against the hub as its admin; `--json` answers are parsed."""
-
-    def run(*argv: str, ok: bool = True):
-        env = clean_env(tmp_path, ORCHESTRATIA_HUB_URL=shop.url, ORCHESTRATIA_TOKEN=shop.login())
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "cli.py"), *argv],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=90,
-        )
-        assert not ok or done.returncode == 0, done.stdout + done.stderr
-        return json.loads(done.stdout) if "--json" in argv else done
-
-    return run
 
 
 def task(hub, title: str, *command: str, **fields) -> dict:
