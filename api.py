@@ -1,7 +1,9 @@
 """`/api/v1`: JSON in, JSON out. Every view translates a request into one use case of layer 2."""
 
+import itertools
 import json
 import re
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from apiflask import APIBlueprint
@@ -10,16 +12,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 import auth
 import cascade
+import feed
 import reading
 import servers
 import sessions
 import tasks
 import web
-from models import Forbidden, Invalid, NotFound, bus, iso, loads, one
+from models import Event, Forbidden, Invalid, NotFound, Unauthorised, iso, loads, one
 from web import caller
 
 VERSION = "0.1.0"
-BEAT_S = 15.0  # a comment this often lets a stream notice that its reader has gone
 
 bp = APIBlueprint("api", __name__, tag="Hub")
 # What a session on a server uses answers under /api/v1/server too, as older clients spell it.
@@ -723,6 +725,9 @@ def get_pipeline(ref):
     return reading.pipeline_json(reading.get_pipeline(caller(), ref), with_tasks=True)
 
 
+ASCIICAST = "application/x-asciicast"
+
+
 # ── sessions ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -791,10 +796,34 @@ def session_screen(ref):
 @work.input(OutputPage, location="query")
 @work.doc(responses={200: {"description": "bytes", "content": {"application/octet-stream": {}}}})
 def session_output(ref, query_data: OutputPage):
-    """The bytes of the session's log from `offset` on (at most 1 MB at a time)."""
-    data, end = sessions.output(caller(), ref, query_data.offset, 1_000_000)
-    headers = {"X-Next-Offset": str(end), "X-Log-Start": "0"}
-    return Response(data, mimetype="application/octet-stream", headers=headers)
+    """The bytes of the session's log from `offset` on (about 1 MB at a time).
+
+    `X-Offset` says where they begin: behind `offset` when what was there is missing. They follow
+    each other; read on at `X-Next-Offset`.
+    """
+    piece = sessions.output(caller(), ref, query_data.offset, 1_000_000)
+    headers = {
+        "X-Offset": str(piece.offset),
+        "X-Next-Offset": str(piece.next),
+        "X-Log-Start": str(piece.start),
+        "X-Log-End": str(piece.end),
+    }
+    return Response(piece.data, mimetype="application/octet-stream", headers=headers)
+
+
+@work.get("/sessions/<ref>/marks")
+def session_marks(ref):
+    """What is missing from the session's log: lost before it came (gap) or removed here."""
+    return {"marks": sessions.marks(caller(), ref)}
+
+
+@work.get("/sessions/<ref>/recording")
+@work.doc(responses={200: {"description": "asciicast v2", "content": {ASCIICAST: {}}}})
+def session_recording(ref):
+    """The session's log as a recording that terminal players show (asciicast v2)."""
+    name, lines = sessions.recording(caller(), ref)
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(lines, mimetype=ASCIICAST, headers=headers)
 
 
 # ── events ────────────────────────────────────────────────────────────────────────────────────
@@ -828,56 +857,17 @@ def stream_events():
 
 
 def _stream(who: auth.Caller, after: int | None):
-    """Yield SSE frames: what the table has above `after`, then what the bus brings.
-
-    A gap between ids (this reader was too slow, or two commits crossed) is read from the table.
-    """
-    with bus.subscribe("events", "access") as live:
-        newest = reading.last_event_id()
-        last = newest if after is None else min(after, newest)
-        yield ": hello\n\n"
-        if after is not None and after > newest:  # the hub was restored: ids began anew
-            yield f"id: {newest}\nevent: reset\ndata: {{}}\n\n"
-        for event in _missed(who, last):
-            last = event["id"]
-            yield _sse(event)
-        while not live.closed:
-            event = live.get(BEAT_S)
-            if live.closed:
-                return
-            if event is None:
-                yield ": beat\n\n"
-            who = _still_allowed(who, event)
-            if who is None:
-                return
-            if not isinstance(event, dict) or event["id"] <= last:
-                continue
-            if event["prev"] > last:
-                for missed in _missed(who, last, event["id"]):
-                    yield _sse(missed)
-            elif reading.may_see(who, event):
-                yield _sse(event)
-            last = event["id"]
+    comments = itertools.chain([": hello\n\n"], itertools.repeat(": beat\n\n"))
+    with suppress(Unauthorised):  # the stream just ends; asking again is refused
+        for item in feed.follow(who, after):
+            if item is None:
+                yield next(comments)
+            elif isinstance(item, feed.Reset):
+                yield f"id: {item.id}\nevent: reset\ndata: {{}}\n\n"
+            else:
+                yield item.written("sse", _sse)
 
 
-def _still_allowed(who: auth.Caller, message) -> auth.Caller | None:
-    """Look the person up again on every beat and whenever rights were changed."""
-    if isinstance(message, dict):
-        return who
-    return auth.again(who)
-
-
-def _missed(who: auth.Caller, after: int, upto: int | None = None):
-    visible = [p["id"] for p in auth.visible_projects(who)]
-    while True:
-        page = reading.events(who, after, project_ids=visible, limit=reading.EVENTS_MOST)
-        for event in page:
-            if upto is None or event["id"] <= upto:
-                yield event
-        if len(page) < reading.EVENTS_MOST or (upto is not None and page[-1]["id"] >= upto):
-            return
-        after = page[-1]["id"]
-
-
-def _sse(event: dict) -> str:
-    return f"id: {event['id']}\nevent: {event['type']}\ndata: {json.dumps(event)}\n\n"
+def _sse(event: Event) -> bytes:
+    text = f"id: {event['id']}\nevent: {event['type']}\ndata: {json.dumps(event)}\n\n"
+    return text.encode()

@@ -26,13 +26,17 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 import api
 import auth
+import live
+import logs
 import models
 import pages
 import servers
 import sessions
 import sockets
 import tasks
+import terminals
 import web
+import ws
 
 log = logging.getLogger("orchestratia.hub")
 HERE = Path(__file__).parent
@@ -51,6 +55,8 @@ SETTINGS = (
     ("tick_s", 5.0, "how often silence is looked for, in seconds"),
     ("due_s", 1.0, "how often retries and timeouts are looked for, in seconds"),
     ("registration_s", 3600.0, "life of a registration token, in seconds"),
+    ("log_session_mb", 64.0, "most output kept of one session, the newest, in megabytes"),
+    ("log_total_mb", 10240.0, "most output kept of all sessions together, in megabytes"),
     ("max_body_mb", 32.0, "largest request accepted, in megabytes"),
     ("log_level", "INFO", "how much the hub logs: DEBUG, INFO, WARNING or ERROR"),
 )
@@ -122,12 +128,15 @@ def create_app(settings: dict) -> APIFlask:
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     models.open_db(data / "hub.db")
     auth.use_secret(data / "secret")
-    sessions.use_logs(models.LogStore(data / "logs.db"))
+    sessions.use_logs(
+        logs.LogStore(data / "logs.db", settings["log_session_mb"], settings["log_total_mb"])
+    )
     servers.HEARTBEAT_S = settings["heartbeat_s"]
     servers.LOST_AFTER_S = settings["lost_after_s"]
     auth.REGISTRATION_S = settings["registration_s"]
     servers.begin()
     sockets.links.reset()
+    terminals.streams.reset()
     sockets.profiles.load(HERE / "profiles")
 
     app = APIFlask("orchestratia", title="Orchestratia", version=api.VERSION, docs_path=None)
@@ -139,6 +148,8 @@ def create_app(settings: dict) -> APIFlask:
     app.register_blueprint(api.work, url_prefix="/api/v1")
     app.register_blueprint(api.work, url_prefix="/api/v1/server", name="work_on_server")
     app.register_blueprint(sockets.bp, url_prefix="/api/v1")
+    app.register_blueprint(sockets.sockets)
+    app.register_blueprint(live.bp)
     app.register_blueprint(pages.bp)
     return app
 
@@ -149,6 +160,7 @@ def jobs(settings: dict):
         ("silence", settings["tick_s"], lambda: _silence(settings)),
         ("due", settings["due_s"], lambda: tasks.due(time.time())),
         ("settle", settings["due_s"], lambda: _settle(settings)),
+        ("remind", 1, _remind),
         ("tokens", 3600, lambda: auth.forget_expired(time.time())),
     )
 
@@ -158,6 +170,11 @@ def _silence(settings: dict) -> None:
     servers.notice_silence(settings["offline_after_s"])
     servers.release_lost(time.time(), settings["lost_after_s"])
     servers.save_heartbeats()
+
+
+def _remind() -> None:
+    sockets.links.remind()
+    terminals.streams.sweep(time.monotonic())
 
 
 def _settle(settings: dict) -> None:
@@ -222,6 +239,7 @@ def print_login_link(settings: dict) -> int:
     create_app(settings)
     url = settings["url"] or f"http://{settings['host']}:{settings['port']}"
     print(f"{url}/login?token={auth.login_link()}")
+    sessions.logs().close()
     models.close_db()
     return 0
 
@@ -256,9 +274,12 @@ def serve(settings: dict) -> int:
     stop.wait()
     log.info("stopping")
     scheduler.shutdown(wait=False)
+    server.stop_accepting()
+    ws.stop()
     models.bus.close()
     server.stop(timeout=STOPPING_S)
     servers.save_heartbeats()
+    sessions.logs().close()
     models.close_db()
     return 0
 

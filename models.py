@@ -114,6 +114,16 @@ def _patched() -> bool:
     return bool(monkey and monkey.is_module_patched("threading"))
 
 
+def offloop(function, *args):
+    """The result of a function that waits in C for long: run on a native thread under gevent, so
+    that everybody else goes on; called as it is otherwise. It must not use locks or log."""
+    if not _patched():
+        return function(*args)
+    import gevent
+
+    return gevent.get_hub().threadpool.apply(function, args)
+
+
 class HubDatabase(SqliteDatabase):
     """One write connection, used only inside `transaction()`; readers beside it that see commits.
 
@@ -410,12 +420,30 @@ def event_json(row: dict) -> dict:
     }
 
 
+class Event(dict):
+    """An event on the bus, written out once in each form however many read it."""
+
+    def __init__(self, fields: dict):
+        super().__init__(fields)
+        self._forms: dict[str, bytes] = {}
+
+    def written(self, form: str, write) -> bytes:
+        """The event as `write(event)` makes it, made once for all who want that form."""
+        if form not in self._forms:
+            self._forms[form] = write(self)
+        return self._forms[form]
+
+    @property
+    def size(self) -> int:
+        return len(self.written("json", lambda event: json.dumps(event).encode()))
+
+
 def _publish(tx: Transaction, first: int) -> None:
     """Hand committed events to whoever listens; a listener's failure never undoes the deed."""
     try:
         for n, event in enumerate(tx.events if bus.heard("events") else ()):
             row = {"id": first + n, **dict(zip(EVENT_COLUMNS, event, strict=True))}
-            bus.publish("events", event_json(row))
+            bus.publish("events", Event(event_json(row)))
         for topic, message in tx.messages:
             bus.publish(topic, message)
     except Exception:
@@ -533,6 +561,7 @@ class Session(Table):
     activity = TextField(default="working")
     reason = TextField(null=True)
     tmux_name = TextField()
+    terminal = TextField(default="tmux")
     pid = IntegerField(null=True)
     exit_code = IntegerField(null=True)
     error = TextField(null=True)
@@ -557,73 +586,3 @@ class Pipeline(Table):
     id_map = JSONField()
     created_by = TextField()
     created_at = FloatField(default=time.time)
-
-
-# The session log has its own file and its own lock: blocks never wait for a cascade.
-
-
-class LogStore:
-    """Session logs in a SQLite file of their own, in blocks as they came."""
-
-    def __init__(self, path: str | os.PathLike):
-        self._lock = threading.Lock()
-        self._db = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)
-        for statement in (
-            "PRAGMA journal_mode=WAL",
-            "PRAGMA synchronous=FULL",
-            "CREATE TABLE IF NOT EXISTS block (session_id TEXT NOT NULL, offset INTEGER NOT NULL,"
-            " size INTEGER NOT NULL, data BLOB NOT NULL, at REAL NOT NULL,"
-            " PRIMARY KEY (session_id, offset))",
-        ):
-            self._db.execute(statement)
-
-    def end(self, session_id: str) -> int:
-        """The offset behind the last stored byte; 0 when nothing is stored."""
-        with self._lock:
-            return self._end(session_id)
-
-    def _end(self, session_id: str) -> int:
-        row = self._db.execute(
-            "SELECT offset + size FROM block WHERE session_id = ? ORDER BY offset DESC LIMIT 1",
-            (session_id,),
-        ).fetchone()
-        return row[0] if row else 0
-
-    def append(self, session_id: str, offset: int, data: bytes, at: float) -> int:
-        """Store `data` if it touches the stored end; return the end as it is then.
-
-        What begins before the end is cut; what begins after it is not stored.
-        """
-        with self._lock:
-            end = self._end(session_id)
-            fresh = data[end - offset :] if 0 <= end - offset < len(data) else b""
-            if fresh:
-                self._db.execute(
-                    "INSERT INTO block VALUES (?, ?, ?, ?, ?)",
-                    (session_id, end, len(fresh), fresh, at),
-                )
-            return end + len(fresh)
-
-    def read(self, session_id: str, offset: int, limit: int) -> tuple[bytes, int]:
-        """At most about `limit` bytes from `offset` on, and the offset that follows them."""
-        pieces, at = [], offset
-        with self._lock:
-            found = self._db.execute(
-                "SELECT offset, size, data FROM block WHERE session_id = ? AND offset >="
-                " COALESCE((SELECT MAX(offset) FROM block WHERE session_id = ? AND offset <= ?), 0)"
-                " ORDER BY offset",
-                (session_id, session_id, offset),
-            )
-            for start, size, data in found:
-                if start + size <= at:
-                    continue
-                piece = data[max(0, at - start) :]
-                pieces.append(piece)
-                at = start + size
-                if at - offset >= limit:
-                    break
-        return b"".join(pieces), at
-
-    def close(self) -> None:
-        with self._lock:
-            self._db.close()

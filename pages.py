@@ -847,6 +847,8 @@ WORDS = {
     "session_disconnected": ("triangle", "warn", "session out of sight: its server is away"),
     "session_lost": ("cross", "bad", "session lost: {reason}"),
     "session_failed": ("cross", "bad", "session did not start: {error}"),
+    "session_log_gap": ("triangle", "warn", "output is missing from the log: {why}"),
+    "session_log_removed": ("slash", "quiet", "the log has begun to lose its start: {why}"),
     "server_registered": ("ring", "live", "server registered"),
     "server_online": ("disc", "good", "server online"),
     "server_offline": ("cross", "bad", "server offline, silent for {silent_s} s"),

@@ -3,18 +3,20 @@
 `move` is the only door through which a session changes state.
 """
 
+import re
 from base64 import b64decode
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import cascade
 import moves
 import reading
 import routing
 from auth import HUB, Caller, find, require
+from logs import LogStore, Piece, asciicast
 from models import (
     Conflict,
     Invalid,
-    LogStore,
     Transaction,
     bus,
     dumps,
@@ -78,6 +80,7 @@ def move(tx: Transaction, session: dict, verb: str, actor: str, **changes) -> di
     )
     if goal in ("closed", "failed"):
         tx.tell("access")  # its key has died with it
+        logs().ended(session["id"])
     details = {"name": session["name"], "tmux": session["tmux_name"], "pid": after["pid"]}
     details |= {k: changes[k] for k in ("exit_code", "error", "reason") if k in changes}
     session_event(tx, after, EVENT_OF[verb], actor, details)
@@ -118,10 +121,14 @@ def list_sessions(project_ids: list[str], *, every: bool = False, status: str | 
 def session_views(found: list[dict]) -> list[dict]:
     names = labels("server", "name", {s["server_id"] for s in found})
     titles = labels("task", "title", {s["task_id"] for s in found if s["task_id"]})
-    return [_session_json(s, names.get(s["server_id"]), titles) for s in found]
+    stored = logs().extents([s["id"] for s in found])
+    return [
+        _session_json(s, names.get(s["server_id"]), titles, *stored.get(s["id"], (0, 0)))
+        for s in found
+    ]
 
 
-def _session_json(row: dict, server_name: str, titles: dict) -> dict:
+def _session_json(row: dict, server_name: str, titles: dict, start: int, end: int) -> dict:
     ended = row["state"] in ("closed", "failed")
     return {
         "id": row["id"],
@@ -142,14 +149,15 @@ def _session_json(row: dict, server_name: str, titles: dict) -> dict:
         "pid": row["pid"],
         "exit_code": row["exit_code"],
         "error": row["error"],
+        "terminal": row["terminal"],
         "cols": row["cols"],
         "rows": row["rows"],
         "created_by": row["created_by"],
         "created_at": iso(row["created_at"]),
         "started_at": iso(row["started_at"]),
         "closed_at": iso(row["closed_at"]),
-        "log_start": row["log_start"],
-        "log_end": row["log_end"] if ended else logs().end(row["id"]),
+        "log_start": start,
+        "log_end": max(row["log_end"], end) if ended else end,  # the last of it may still come
     }
 
 
@@ -222,6 +230,17 @@ def _new_session(tx, caller: Caller, server: dict, task: dict | None, data: dict
     )
 
 
+def _reach(session: dict, frame: dict) -> None:
+    """Send the session's server a frame for the moment. Raises Conflict when nobody takes it."""
+    server = _reachable(session)
+    if not bus.publish(f"server:{server['id']}", frame | {"session_id": session["id"]}):
+        raise Conflict(
+            f"Session {session['name']!r} cannot be reached now ({server['name']} is not connected "
+            "or takes nothing): nothing was typed, try again in a moment.",
+            code="offline",
+        )
+
+
 def _reachable(session: dict) -> dict:
     """The session's server, if something can be typed there now. Raises Conflict."""
     if session["state"] not in cascade.SESSION_LIVE:
@@ -253,15 +272,7 @@ def type_text(caller: Caller, ref: str, text: str) -> None:
         )
     request_id = new_id()
     with bus.subscribe(f"typed:{request_id}") as answers:
-        _send(
-            server["id"],
-            {
-                "type": "session_type",
-                "request_id": request_id,
-                "session_id": session["id"],
-                "text": text,
-            },
-        )
+        _reach(session, {"type": "session_type", "request_id": request_id, "text": text})
         answer = answers.get(TYPING_S)
     if answer is None:
         raise Conflict(
@@ -277,25 +288,29 @@ def type_raw(caller: Caller, ref: str, data: str) -> None:
     """Pass base64-coded bytes to a session as they are, unconfirmed. Raises Conflict, Invalid."""
     session = get_session(caller, ref)
     require(caller, "session.type", session["project_id"], "session")
-    server = _reachable(session)
     try:
         b64decode(data, validate=True)
     except ValueError:
         raise Invalid("`data` is not valid base64.", field="data") from None
-    _send(server["id"], {"type": "session_input", "session_id": session["id"], "data": data})
+    _reach(session, {"type": "session_input", "data": data})
 
 
 def resize(caller: Caller, ref: str, cols: int, lines: int) -> dict:
     session = get_session(caller, ref)
     require(caller, "session.type", session["project_id"], "session")
-    server = _reachable(session)
-    with transaction():
+    _reach(session, {"type": "session_resize", "cols": cols, "rows": lines})
+    with transaction() as tx:
         execute("UPDATE session SET cols = ?, rows = ? WHERE id = ?", (cols, lines, session["id"]))
-    _send(
-        server["id"],
-        {"type": "session_resize", "session_id": session["id"], "cols": cols, "rows": lines},
-    )
+        tx.tell(f"session:{session['id']}")
+    logs().resized(session["id"], cols, lines, (session["cols"], session["rows"]))
     return one("SELECT * FROM session WHERE id = ?", (session["id"],))
+
+
+def ask_scrollback(caller: Caller, ref: str) -> None:
+    """Have the session's server send the whole history of its terminal. Raises Conflict."""
+    session = get_session(caller, ref)
+    require(caller, "session.watch", session["project_id"], "session")
+    _reach(session, {"type": "capture_scrollback"})
 
 
 def close_session(caller: Caller, ref: str, *, force: bool = False) -> dict:
@@ -313,11 +328,6 @@ def close_session(caller: Caller, ref: str, *, force: bool = False) -> dict:
     return session
 
 
-def _send(server_id: str, frame: dict) -> None:
-    """A frame for the moment only: lost when nobody listens."""
-    bus.publish(f"server:{server_id}", frame)
-
-
 SCREENS_KEPT = 2000
 screens: OrderedDict[str, dict] = OrderedDict()
 _logs: LogStore | None = None
@@ -326,6 +336,7 @@ _logs: LogStore | None = None
 def use_logs(store: LogStore) -> None:
     global _logs
     _logs = store
+    store.removed = _log_removed
 
 
 def logs() -> LogStore:
@@ -339,8 +350,38 @@ def screen(caller: Caller, ref: str) -> dict:
     return screens.get(session["id"], {"lines": [], "at": None})
 
 
-def output(caller: Caller, ref: str, offset: int, limit: int) -> tuple[bytes, int]:
-    """Bytes of the complete log from `offset` on, and the offset behind them."""
+def _log_removed(session_id: str, why: str) -> None:
+    with transaction() as tx:
+        session = one("SELECT * FROM session WHERE id = ?", (session_id,))
+        if session:
+            details = {"name": session["name"], "why": why}
+            session_event(tx, session, "session_log_removed", HUB.actor, details)
+
+
+def output(caller: Caller, ref: str, offset: int, limit: int) -> Piece:
+    """Bytes of the complete log from `offset` on, or from what is there behind it."""
     session = get_session(caller, ref)
     require(caller, "session.watch", session["project_id"], "session")
     return logs().read(session["id"], offset, limit)
+
+
+def marks(caller: Caller, ref: str) -> list[dict]:
+    """What is missing from the log, and why."""
+    session = get_session(caller, ref)
+    require(caller, "session.watch", session["project_id"], "session")
+    return logs().marks(session["id"])
+
+
+def recording(caller: Caller, ref: str) -> tuple[str, Iterator[str]]:
+    """The log as an asciicast: a name for its file, and its lines, read as they are taken."""
+    session = get_session(caller, ref)
+    require(caller, "session.watch", session["project_id"], "session")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", session["name"]).strip("-.")[:80] or "session"
+    lines = asciicast(
+        logs(),
+        session["id"],
+        title=session["name"],
+        size=(session["cols"], session["rows"]),
+        began=session["started_at"] or session["created_at"],
+    )
+    return f"{name}-{session['id'][:8]}.cast", lines

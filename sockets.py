@@ -1,29 +1,42 @@
-"""How agents reach the hub. Both carriers hand the same frames to the same functions; this file
-holds what a connection remembers and the poll, `POST /api/v1/server/poll`."""
+"""How agents reach the hub: the WebSocket `/ws/server`, and `POST /api/v1/server/poll`.
 
+Both carriers hand the same frames to the same functions; a `Link` is what the hub remembers of a
+connection, whichever carrier it is."""
+
+import json
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 from apiflask import APIBlueprint
 from pydantic import BaseModel, Field
+from simple_websocket import ConnectionClosed
 
 import auth
 import models
 import servers
+import terminals
 import wire
+import ws
 from api import server_caller
 from auth import Caller
-from models import Conflict, Invalid, bus
+from models import Conflict, Forbidden, Invalid, Refused, bus
+from web import loads
+from ws import Wire, text_frame
 
 log = logging.getLogger("orchestratia.sockets")
 
 bp = APIBlueprint("wire", __name__, tag="Agents")
+sockets = APIBlueprint("agent_socket", __name__, enable_openapi=False)
 
 WAIT_MOST_S = 25.0
 ANSWERS_KEPT = 16  # a repeated call is among the last few
 FRAMES_MOST = 2000
+WAITING_BYTES = 4 * 1024 * 1024  # of frames for the moment that an agent has not taken yet
+AGENT_MOST = 32 * 1024 * 1024  # bytes in one message of an agent
+HELLO_S = 10.0  # until somebody who connects has said who they are
+LINGER_S = 1.0  # a sending thread waits so long for more before it ends
 
 
 class Poll(BaseModel):
@@ -33,18 +46,104 @@ class Poll(BaseModel):
     frames: list[dict] = Field([], max_length=FRAMES_MOST)
 
 
+# Close codes: what a client should do next is in protocol terms, the sentence goes with it.
+REVOKED, SUPERSEDED, MALFORMED, TRY_AGAIN = 4401, 4001, 4400, 1013
+CLOSE_CODES = {401: 4401, 403: 4403, 404: 4404, 503: TRY_AGAIN}
+
+
 class Link:
-    """One agent process as the hub sees it: what was sent to it and what it may ask again."""
+    """One agent process as the hub sees it: what waits to be sent to it.
+
+    A reader of the bus: commands in the table announce themselves by a word, frames for the moment
+    wait in a bounded queue; one that does not fit is refused, so that nobody's keystrokes are
+    dropped from the middle.
+    """
 
     def __init__(self, server_id: str, instance: str):
         self.server_id = server_id
         self.instance = instance
-        self.inbox = bus.subscribe(f"server:{server_id}")
-        self.lock = threading.Lock()
+        self.topics = (f"server:{server_id}",)
         self.sent: dict[int, float] = {}
         self.heard = time.monotonic()
         self.silent = False
         self.revoked = False
+        self.closed = False
+        self._waiting: deque[dict] = deque()
+        self._bytes = 0
+        self._due = True  # commands may wait in the table
+        self._changed = threading.Condition()
+        self._sending = threading.Lock()
+        bus.add(self)
+
+    def put(self, message) -> bool:
+        """Take a frame, or a word about what is in the table; whether it was taken."""
+        with self._changed:
+            if self.closed:
+                return False
+            if isinstance(message, dict):
+                size = len(message.get("data") or message.get("text") or ())
+                if len(self._waiting) >= FRAMES_MOST or self._bytes + size > WAITING_BYTES:
+                    return False
+                self._waiting.append(message)
+                self._bytes += size
+            else:
+                self.revoked = self.revoked or message == "revoked"
+                self._due = True
+            self._changed.notify_all()
+        self.woken()
+        return True
+
+    def woken(self) -> None:
+        """Called after something was put; the carrier's own business."""
+
+    def acknowledged(self, frames: list[dict]) -> None:
+        """Commands were acknowledged among these frames: there may be more than fitted at once."""
+        if len(self.sent) >= wire.COMMANDS_AT_ONCE and any(f.get("type") == "ack" for f in frames):
+            self.put("look")
+
+    def remind(self, now: float) -> None:
+        """Have commands sent again that were not acknowledged in time."""
+        if self._due or (self.sent and now - min(self.sent.values()) >= wire.RESEND_S):
+            self.put("look")
+
+    def _anything(self) -> bool:
+        return bool(self._waiting) or self._due or self.revoked or self.closed
+
+    def take(self) -> list[dict]:
+        """Frames to send now: commands that are due, then those of the moment."""
+        with self._sending:
+            with self._changed:
+                due, self._due = self._due, False
+            commands = self._commands() if due and not self.revoked else []
+            with self._changed:
+                frames = [*commands, *self._waiting]
+                self._waiting.clear()
+                self._bytes = 0
+            return frames
+
+    def _commands(self) -> list[dict]:
+        try:
+            return wire.pending_commands(self.server_id, self.sent, time.monotonic())
+        except BaseException:
+            self._due = True
+            raise
+
+    def supersede(self) -> None:
+        """A newer connection of this server has taken over."""
+        self.close()
+
+    def close(self) -> None:
+        bus.drop(self)
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+
+class PollLink(Link):
+    """An agent that polls: calls come and take what waits."""
+
+    def __init__(self, server_id: str, instance: str):
+        super().__init__(server_id, instance)
         self._answers: OrderedDict[int, list] = OrderedDict()
 
     def answered(self, seq: int) -> list | None:
@@ -55,26 +154,66 @@ class Link:
         while len(self._answers) > ANSWERS_KEPT:
             self._answers.popitem(last=False)
 
-    def take(self, passing: list) -> list[dict]:
-        """Frames to send now: `passing` ones, then commands that are due."""
-        with self.lock:
-            now = time.monotonic()
-            return passing + wire.pending_commands(self.server_id, self.sent, now)
-
     def wait(self, seconds: float) -> list[dict]:
         """Wait until there is something to say, at most so long; the frames."""
         deadline = time.monotonic() + seconds
         while True:
-            first = self.inbox.get(max(0.0, min(deadline - time.monotonic(), 5.0)))
-            messages = [first, *self.inbox.drain()] if first is not None else []
-            self.revoked = self.revoked or "revoked" in messages
-            frames = self.take([m for m in messages if isinstance(m, dict)])
-            over = time.monotonic() >= deadline or self.inbox.closed
-            if frames or over or self.revoked:
+            with self._changed:
+                self._changed.wait_for(self._anything, max(0.0, deadline - time.monotonic()))
+            frames = self.take()
+            if frames or self.closed or self.revoked or time.monotonic() >= deadline:
                 return frames
 
-    def close(self) -> None:
-        self.inbox.close()
+
+class SocketLink(Link):
+    """An agent on a WebSocket: what waits is sent at once, by a thread that lives only as long as
+    there is something to send, so that idle agents cost no thread of their own."""
+
+    def __init__(self, server_id: str, instance: str, connection: Wire):
+        self._connection = connection
+        self._busy = True  # until `begin`
+        super().__init__(server_id, instance)
+
+    def begin(self) -> None:
+        """The agent has been answered: what waits may be sent."""
+        self._busy = False
+        self.woken()
+
+    def woken(self) -> None:
+        with self._changed:
+            if self._busy:
+                return
+            self._busy = True
+        threading.Thread(target=self._send_all, name="to an agent", daemon=True).start()
+
+    def _send_all(self) -> None:
+        try:
+            while frames := self._next():
+                send(self._connection, frames)
+        except ConnectionClosed:
+            self._connection.close()
+        except Refused as refused:  # the database is busy: the reminder comes round again
+            log.warning("commands of %s wait: %s", self.server_id, refused)
+            with self._changed:
+                self._busy = False
+
+    def _next(self) -> list[dict]:
+        """What to send, or nothing: then this thread ends, and the next message starts another."""
+        while True:
+            frames = self.take()
+            if self.revoked:
+                self._connection.close(REVOKED, "the key of this server was revoked")
+                return []
+            if frames:
+                return frames
+            with self._changed:
+                if not self._changed.wait_for(self._anything, LINGER_S) or self.closed:
+                    self._busy = False
+                    return []
+
+    def supersede(self) -> None:
+        self.close()
+        self._connection.close(SUPERSEDED, "a newer connection of this server has taken over")
 
 
 class Links:
@@ -85,12 +224,15 @@ class Links:
         self._links: dict[str, Link] = {}
         self._past: dict[str, OrderedDict[str, None]] = {}
 
-    def get(self, server_id: str, instance: str) -> Link | None:
-        """Raises Conflict `superseded` when a newer instance has taken over."""
+    def polling(self, server_id: str, instance: str) -> PollLink | None:
+        """The link of an agent that polls; None when it has to begin anew.
+
+        Raises Conflict `superseded` when a newer instance has taken over.
+        """
         with self._lock:
             link = self._links.get(server_id)
             if link and link.instance == instance:
-                return link
+                return link if isinstance(link, PollLink) else None
             if link and not link.silent and instance in self._past.get(server_id, ()):
                 raise Conflict(
                     "A newer agent has connected with this server's key: this one steps back. "
@@ -99,33 +241,44 @@ class Links:
                 )
             return None
 
-    def open(self, server_id: str, instance: str) -> Link:
+    def open(self, link: Link) -> None:
+        """Make `link` its server's connection; an older one is closed."""
         with self._lock:
-            old = self._links.get(server_id)
-            if old and old.instance != instance:
-                past = self._past.setdefault(server_id, OrderedDict())
+            old = self._links.get(link.server_id)
+            if old and old.instance != link.instance:
+                past = self._past.setdefault(link.server_id, OrderedDict())
                 past[old.instance] = None
                 while len(past) > ANSWERS_KEPT:
                     past.popitem(last=False)
-            link = self._links[server_id] = Link(server_id, instance)
+            self._links[link.server_id] = link
         if old:
-            old.close()
-        return link
+            old.supersede()
 
-    def drop(self, link: Link) -> None:
+    def drop(self, link: Link) -> bool:
+        """Forget a link that has ended; whether it still was its server's connection."""
         with self._lock:
-            if self._links.get(link.server_id) is link:
+            current = self._links.get(link.server_id) is link
+            if current:
                 del self._links[link.server_id]
         link.close()
+        return current
 
     def silent(self, seconds: float) -> list[Link]:
-        """Links that went silent since they were last asked for."""
+        """Polling links that went silent since they were last asked for."""
         now = time.monotonic()
         with self._lock:
-            gone = [x for x in self._links.values() if not x.silent and now - x.heard > seconds]
+            polling = [x for x in self._links.values() if isinstance(x, PollLink)]
+            gone = [x for x in polling if not x.silent and now - x.heard > seconds]
         for link in gone:
             link.silent = True
         return gone
+
+    def remind(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            links = list(self._links.values())
+        for link in links:
+            link.remind(now)
 
     def reset(self) -> None:
         with self._lock:
@@ -143,26 +296,32 @@ def notice_silence(seconds: float = wire.POLL_SILENCE_S) -> None:
         wire.disconnected(link.server_id)
 
 
+# ── the poll ──────────────────────────────────────────────────────────────────────────────────
+
+
 @bp.post("/server/poll")
 @bp.input(Poll)
 def poll(json_data: Poll):
     """The long poll of an agent (protocol 2): frames in, frames out."""
     caller = server_caller()
     servers.alive(caller.server_id)
-    link = links.get(caller.server_id, json_data.instance)
-    if any(f.get("type") == "sync" for f in json_data.frames):
-        repeated = link and link.answered(json_data.seq)
-        if repeated is None:
-            link = links.open(caller.server_id, json_data.instance)
+    link = links.polling(caller.server_id, json_data.instance)
+    syncing = any(f.get("type") == "sync" for f in json_data.frames)
+    if syncing and not (link and link.answered(json_data.seq) is not None):
+        link = PollLink(caller.server_id, json_data.instance)
+        links.open(link)
     if link is None:
         raise Conflict(
             "The hub does not know this agent yet (it was restarted): send auth and sync first.",
             code="sync_required",
         )
-    return {"seq": json_data.seq, "frames": _exchange(caller, link, json_data)}
+    frames = _exchange(caller, link, json_data)
+    if syncing:
+        terminals.streams.server_back(caller.server_id)
+    return {"seq": json_data.seq, "frames": frames}
 
 
-def _exchange(caller: Caller, link: Link, call: Poll) -> list[dict]:
+def _exchange(caller: Caller, link: PollLink, call: Poll) -> list[dict]:
     link.heard = time.monotonic()
     if link.silent:
         link.silent = False
@@ -170,8 +329,11 @@ def _exchange(caller: Caller, link: Link, call: Poll) -> list[dict]:
     done = link.answered(call.seq)
     if done is not None:
         return done
+    link.remind(link.heard)
     if call.frames:
-        frames = link.take(receive(caller, call.frames))
+        frames = receive(caller, call.frames)
+        link.acknowledged(call.frames)
+        frames += link.take()
     else:
         frames = link.wait(min(call.wait, WAIT_MOST_S))
     if link.revoked:
@@ -179,6 +341,95 @@ def _exchange(caller: Caller, link: Link, call: Poll) -> list[dict]:
         frames = []  # the key is not valid any more: the next call is told so
     link.remember(call.seq, frames)
     return frames
+
+
+# ── the socket ────────────────────────────────────────────────────────────────────────────────
+
+
+@ws.route(sockets, "/ws/server")
+def agent_socket(connection: Wire) -> None:
+    """An agent's WebSocket (protocol 2): the same frames as the poll's, as they come."""
+    caller, instance = _greeted(connection)
+    if caller is None:
+        return
+    connection.allow(AGENT_MOST)
+    link = None
+    try:
+        while True:
+            frames = [_frame(text) for text in connection.receive_all()]
+            servers.alive(caller.server_id)
+            if link is None:
+                link = _joined(connection, caller, instance, frames.pop(0))
+            if frames:
+                send(connection, receive(caller, frames))
+                link.acknowledged(frames)
+    except Invalid as refused:
+        log.warning("%s: %s", caller.name, refused)
+        connection.close(MALFORMED, str(refused))
+    except Refused as refused:
+        log.warning("%s: %s", caller.name, refused)
+        connection.close(TRY_AGAIN, str(refused))
+    finally:
+        if link and links.drop(link) and not ws.stopping():
+            wire.disconnected(caller.server_id)
+
+
+def _greeted(connection: Wire) -> tuple[Caller | None, str]:
+    """Who connects and as which process; None when they were turned away."""
+    text = connection.receive(HELLO_S)
+    try:
+        frame = _frame(text or "{}")
+        if frame.get("type") != "auth":
+            raise Invalid(f"No auth frame came within {HELLO_S:g} s: send one first.")
+        caller = auth.by_key(str(frame.get("api_key") or ""))
+        if caller.kind != "server":
+            raise Forbidden("This is for servers: send the server's key.")
+        if frame.get("protocol") != 2:
+            raise Invalid("This hub speaks protocol 2 here: update the agent.", code="protocol")
+        answers = _opened(_auth, caller, frame)
+    except Refused as refused:
+        send(connection, [{"type": "auth_error", "detail": str(refused), "code": refused.code}])
+        connection.close(CLOSE_CODES.get(refused.status, MALFORMED), str(refused))
+        return None, ""
+    send(connection, answers)
+    return caller, str(frame.get("instance") or "")
+
+
+def _joined(connection: Wire, caller: Caller, instance: str, frame: dict) -> "SocketLink":
+    """Take the sync of a new connection; it is its server's connection from now on."""
+    if frame.get("type") != "sync":
+        raise Invalid("The second frame must be sync.")
+    link = SocketLink(caller.server_id, instance, connection)
+    links.open(link)
+    try:
+        send(connection, _opened(_sync, caller, frame))
+    except BaseException:
+        links.drop(link)
+        raise
+    link.begin()
+    terminals.streams.server_back(caller.server_id)
+    return link
+
+
+def _frame(text: str | bytes) -> dict:
+    """A frame from its text. Raises Invalid."""
+    try:
+        frame = loads(text.decode() if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError):
+        frame = None
+    if not isinstance(frame, dict):
+        raise Invalid("A message is not a JSON object.")
+    return frame
+
+
+def send(connection: Wire, frames: list[dict]) -> None:
+    """Send frames, each a message of its own. Raises ConnectionClosed."""
+    if frames:
+        texts = (json.dumps(frame, separators=(",", ":")) for frame in frames)
+        connection.send_encoded(b"".join(text_frame(text.encode()) for text in texts))
+
+
+# ── frames ────────────────────────────────────────────────────────────────────────────────────
 
 
 def receive(caller: Caller, frames: list[dict]) -> list[dict]:

@@ -52,11 +52,15 @@ class HubJSON(DefaultJSONProvider):
     ensure_ascii = False
 
     def loads(self, s, **kwargs):
-        text = s.decode() if isinstance(s, bytes) else s
-        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite, **kwargs)
-        if "\\ud" in text or "\\uD" in text:  # may be half of a character, which nothing can show
-            value = json.loads(_whole(json.dumps(value, ensure_ascii=False)))
-        return value
+        return loads(s.decode() if isinstance(s, bytes) else s)
+
+
+def loads(text: str):
+    """What a client's JSON text means. Raises ValueError, or RecursionError when it is too deep."""
+    value = _decoder.decode(text)
+    if "\\ud" in text or "\\uD" in text:  # may be half of a character, which nothing can show
+        value = json.loads(_whole(json.dumps(value, ensure_ascii=False)))
+    return value
 
 
 def _whole(text: str) -> str:
@@ -72,6 +76,9 @@ def _finite(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"{text[:30]} is too large a number")
     return value
+
+
+_decoder = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 
 
 # ── the caller ────────────────────────────────────────────────────────────────────────────────
@@ -116,9 +123,13 @@ def check_own() -> None:
     """Refuse what another site makes a browser send. Raises Forbidden.
 
     A request that changes something and names an Origin must name this hub's; one that relies on
-    the cookie must bring the CSRF token too. Streams and sockets are checked whatever the method.
+    the cookie must bring the CSRF token too. Streams and sockets are checked whatever the method;
+    a browser always names the Origin of a socket, so with a cookie and without it there is none.
     """
     origin = request.headers.get("Origin")
+    upgrade = request.headers.get("Upgrade", "").lower() == "websocket"
+    if upgrade and origin is None and by_cookie() and COOKIE in request.cookies:
+        raise Forbidden("A socket opened with the cookie must name its Origin.", code="origin")
     if origin is not None and not is_own_origin(origin):
         raise Forbidden("This request comes from another site and was refused.", code="origin")
     if request.method in SAFE or not by_cookie():

@@ -7,15 +7,19 @@ import sqlite3
 import time
 from base64 import b64decode
 from datetime import datetime
+from functools import partial
+from itertools import pairwise
 
 import auth
 import cascade
+import logs
 import moves
 import reading
 import routing
 import servers
 import sessions
 import tasks
+import terminals
 from auth import HUB, Caller
 from models import (
     NotFound,
@@ -39,6 +43,8 @@ POLL_SILENCE_S = 40.0
 RESEND_S = 10.0
 COMMANDS_AT_ONCE = 200
 BLOCK_MOST = 64 * 1024
+BIGGEST_S = 10**9  # a block's bytes were printed within so many seconds
+WHY_MOST = 500
 SESSIONS_MOST = 1000  # one server may name at once
 
 
@@ -288,6 +294,8 @@ def take_spooled(caller: Caller, frames: list[dict]) -> int:
     for frame in frames:
         if frame["spool"] <= upto:
             continue
+        if frame["spool"] == upto + 1 and not _log_taken(caller, frame):
+            break  # the disk is full, for one: the agent sends it again
         with transaction() as tx:
             upto = _spool_upto(caller)  # again: a repeated call may be at work beside this one
             if frame["spool"] == upto + 1:
@@ -344,7 +352,17 @@ def _session_started(tx, caller: Caller, frame: dict) -> None:
         tmux_name=frame.get("tmux_name") or session["tmux_name"],
         working_directory=frame.get("working_directory") or session["working_directory"],
         started_at=session["started_at"] or tx.now,
+        terminal=_terminal_of(frame, session),
     )
+
+
+TERMINALS = ("tmux", "pty")
+
+
+def _terminal_of(frame: dict, session: dict) -> str:
+    """What keeps the session: tmux, or the agent itself (`pty`), with which it then ends."""
+    given = frame.get("terminal")
+    return given if given in TERMINALS else session["terminal"]
 
 
 def _session_error(tx, caller: Caller, frame: dict) -> None:
@@ -384,23 +402,45 @@ def _session_closed(tx, caller: Caller, frame: dict) -> None:
 
 def _session_gap(tx, caller: Caller, frame: dict) -> None:
     """Output that the agent could not record is missing from the log, and the record says so."""
-    missing = {k: frame.get(k) for k in ("from", "to", "why")}
+    start, stop, why = _gap_of(frame)
+    missing = {"from": start, "to": stop, "why": why}
     sessions.session_event(
         tx, _own_session(caller, frame), "session_log_gap", caller.actor, missing
     )
+
+
+def _gap_of(frame: dict) -> tuple[int, int | None, str]:
+    start, stop = int(frame["from"]), frame.get("to")
+    stop = None if stop is None else int(stop)
+    logs.check_gap(start, stop)
+    return start, stop, str(frame.get("why") or "it was not recorded")[:WHY_MOST]
+
+
+def _log_taken(caller: Caller, frame: dict) -> bool:
+    """Have what the frame says of a log stored in the logs' own file, before the frame counts as
+    taken; whether it is there. One that cannot be used is passed on: its handler says so."""
+    if frame.get("type") != "session_gap":
+        return True
+    try:
+        session = _own_session(caller, frame)
+        acknowledged = partial(_logged, caller.server_id, session["id"])
+        return sessions.logs().gap(session["id"], *_gap_of(frame), acknowledged)
+    except (NotFound, *MALFORMED):
+        return True
 
 
 ACTIVITIES = ("working", "idle", "waiting_input", "error", "quota", "no_signal")
 BLOCKED = tuple(f"blocked:{what}" for what in ("permission", "question", "plan", "trust"))
 
 
-def _session_activity(_tx, caller: Caller, frame: dict) -> None:
+def _session_activity(tx, caller: Caller, frame: dict) -> None:
     session = _own_session(caller, frame)
     if frame.get("state") in ACTIVITIES + BLOCKED:
         execute(
             "UPDATE session SET activity = ?, reason = ? WHERE id = ?",
             (frame["state"], frame.get("reason"), session["id"]),
         )
+        tx.tell(f"session:{session['id']}")
 
 
 def _task_report(_tx, caller: Caller, frame: dict) -> None:
@@ -462,14 +502,33 @@ def _ack(caller: Caller, frame: dict) -> None:
     acknowledge(caller.server_id, [int(i) for i in frame["ids"]])
 
 
-def _session_log(caller: Caller, frame: dict) -> list[dict]:
+def _session_log(caller: Caller, frame: dict) -> None:
+    """Have a block stored; it is acknowledged once it is on the disk. Waits while too much waits
+    to be stored."""
     session = _own_session(caller, frame)
     data = b64decode(frame["data"])
     if len(data) > BLOCK_MOST:
         raise ValueError(f"a block of {len(data)} bytes, the most is {BLOCK_MOST}")
-    end = sessions.logs().append(session["id"], int(frame["offset"]), data, _when(frame.get("at")))
-    bus.publish(f"session:{session['id']}", {"log_end": end})
-    return [{"type": "log_ack", "session_id": session["id"], "offset": end}]
+    at, times = _when(frame.get("at")), _times(frame.get("times"), len(data))
+    acknowledged = partial(_logged, caller.server_id, session["id"])
+    sessions.logs().append(session["id"], int(frame["offset"]), data, at, times, acknowledged)
+
+
+def _logged(server_id: str, session_id: str, end: int) -> None:
+    """The log is on the disk up to `end`."""
+    ack = {"type": "log_ack", "session_id": session_id, "offset": end}
+    bus.publish(f"server:{server_id}", ack)
+
+
+def _times(given, size: int) -> list:
+    """When the bytes of a block were printed, as it is stored; nothing when it makes no sense."""
+    try:
+        times = [[int(n), round(float(t), 3)] for n, t in given or ()]
+    except (TypeError, ValueError, OverflowError):
+        return []
+    steps = [[0, 0.0], *times, [size, BIGGEST_S]]
+    rising = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(steps))
+    return times if rising else []
 
 
 def _when(at) -> float:
@@ -493,8 +552,30 @@ def _session_typed(_caller: Caller, frame: dict) -> None:
     bus.publish(f"typed:{frame['request_id']}", frame)
 
 
+def _session_output(caller: Caller, frame: dict) -> None:
+    terminals.streams.output(caller.server_id, frame)
+
+
+def _scrollback_captured(caller: Caller, frame: dict) -> None:
+    terminals.streams.scrollback(caller.server_id, frame)
+
+
+def _heartbeat(caller: Caller, frame: dict) -> None:
+    info = frame.get("system_info")
+    servers.heartbeat(caller, info if isinstance(info, dict) else None)
+
+
+def _ping(caller: Caller, frame: dict) -> None:
+    """Answered behind everything that was due to be sent when it came."""
+    bus.publish(f"server:{caller.server_id}", {"type": "pong", "n": frame.get("n")})
+
+
 PASSING = {
     "ack": _ack,
+    "ping": _ping,
+    "heartbeat": _heartbeat,
+    "session_output": _session_output,
+    "scrollback_captured": _scrollback_captured,
     "session_log": _session_log,
     "session_screen": _session_screen,
     "session_typed": _session_typed,

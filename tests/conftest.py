@@ -3,6 +3,7 @@
 db            the hub's database in a directory of its own (the app's, when `app` is asked for too)
 world         projects, servers and tasks by name, through the use cases of layer 2
 app, client   the Flask application, and a client for its API
+served        the address of the application behind a listener, for sockets
 hub           a real hub process; `@pytest.mark.hub(tick_s=0.1)` changes its settings
 start_hub     starts such processes: `start_hub(port=…, tick_s=…)`
 shop          the hub with a project
@@ -12,6 +13,7 @@ until         waits for a condition
 """
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -24,9 +26,11 @@ from pathlib import Path
 
 import pytest
 import requests
+from werkzeug.serving import make_server
 
 import auth
 import hub as hub_module
+import logs
 import models
 import moves
 import reading
@@ -82,7 +86,7 @@ def db(request, tmp_path):
         return
     models.open_db(tmp_path / "hub.db")
     auth.use_secret(tmp_path / "secret")
-    sessions.use_logs(models.LogStore(tmp_path / "logs.db"))
+    sessions.use_logs(logs.LogStore(tmp_path / "logs.db"))
     _forget_all()
     yield models.db.obj
     _close()
@@ -405,6 +409,19 @@ def client(app):
 def admin(client):
     """The hub's admin at the API."""
     return client.as_user("admin")
+
+
+@pytest.fixture
+def served(app):
+    """The application behind a real listener, for clients that need one; its address."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"ws://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 # ── a real hub ────────────────────────────────────────────────────────────────────────────────

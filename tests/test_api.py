@@ -450,7 +450,7 @@ def test_a_reader_that_is_too_slow_reads_the_rest_from_the_table(
 ):
     import bus
 
-    monkeypatch.setattr(bus.Bus.subscribe, "__kwdefaults__", {"limit": 5})
+    monkeypatch.setattr(bus.Bus.subscribe, "__kwdefaults__", {"limit": 5, "limit_bytes": 10**6})
     live = stream(admin)
     last = shop.now()
     with models.transaction() as tx:
@@ -477,9 +477,9 @@ def test_a_strange_last_event_id_is_no_error(shop, admin, stream, given):
 
 
 def test_the_stream_beats_while_nothing_happens(app, shop, admin, monkeypatch):
-    import api
+    import feed
 
-    monkeypatch.setattr(api, "BEAT_S", 0.05)
+    monkeypatch.setattr(feed, "BEAT_S", 0.05)
     answer = admin.get("events/stream", buffered=False)
     pieces = iter(answer.response)
     assert [next(pieces) for _ in range(3)] == [b": hello\n\n", b": beat\n\n", b": beat\n\n"]

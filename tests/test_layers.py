@@ -11,9 +11,9 @@ from conftest import ROOT
 # The order within a layer is the order of the line.
 LAYERS = (
     ("cascade", "bus"),
-    ("models",),
-    ("auth", "moves", "routing", "reading", "tasks", "sessions", "servers", "wire"),
-    ("web", "api", "sockets", "pages"),
+    ("models", "logs"),
+    ("auth", "moves", "routing", "reading", "tasks", "sessions", "terminals", "servers", "wire"),
+    ("web", "ws", "feed", "api", "sockets", "live", "pages"),
     ("hub",),
 )
 ALONE = {"agent", "cli"}  # import nothing of ours, and nobody imports them
@@ -65,4 +65,4 @@ def test_only_the_last_layers_know_the_web():
     web = {"flask", "apiflask", "werkzeug"}
     knowing = {name for name in ORDER if imports(name) & web}
     # auth hashes passwords with werkzeug's functions
-    assert knowing - {"auth"} <= {"web", "api", "sockets", "pages", "hub"}
+    assert knowing - {"auth"} <= {"web", "ws", "api", "sockets", "live", "pages", "hub"}

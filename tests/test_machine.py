@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import auth
 import cascade
+import logs
 import models
 import moves
 import reading
@@ -65,7 +66,7 @@ class Hub(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         models.open_db(self.folder / "hub.db")
         auth.use_secret(self.folder / "secret")
-        sessions.use_logs(models.LogStore(self.folder / "logs.db"))
+        sessions.use_logs(logs.LogStore(self.folder / "logs.db"))
         _forget_all()
         self.world = World()
         self.tasks: dict[str, Task] = {}

@@ -84,6 +84,8 @@ ROUTES = {
     "POST sessions/<ref>/close": OPERATORS,
     "GET sessions/<ref>/screen": WATCHING,
     "GET sessions/<ref>/output": WATCHING,
+    "GET sessions/<ref>/marks": WATCHING,
+    "GET sessions/<ref>/recording": WATCHING,
     "GET events": SIGNED_IN,
     "GET events/stream": SIGNED_IN,
 }
@@ -281,7 +283,7 @@ def test_reading_never_changes_anything(app, scene):
 def test_no_page_is_shown_to_who_is_not_signed_in(app, scene, client):
     open_to_all = {"/login", "/static/<path:filename>", "/openapi.json"}
     for rule in app.url_map.iter_rules():
-        if rule.rule.startswith("/api") or rule.rule in open_to_all:
+        if rule.rule.startswith("/api") or rule.rule in open_to_all or rule.websocket:
             continue
         path = re.sub(r"<any\((\w+),.*?>", r"\1", rule.rule)
         path = re.sub(r"<[^>]*>", scene.objects["shop"]["tasks"], path)

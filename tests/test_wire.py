@@ -1,11 +1,16 @@
-"""Protocol 2 over the poll, spoken by an agent written here by hand."""
+"""Protocol 2 over both carriers, spoken by an agent written here by hand."""
 
 import base64
+import contextlib
+import json
+import sqlite3
 import threading
 import time
 import uuid
 
 import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 import auth
 import models
@@ -98,17 +103,92 @@ class Agent:
         )
 
 
+class SocketAgent(Agent):
+    """The same over `/ws/server`: a call is over when the hub has answered a ping behind it."""
+
+    def __init__(self, url: str, key: str, spool_id: str | None = None):
+        super().__init__(self._exchange, spool_id)
+        self.url, self.key = url, key
+        self.socket = None
+        self.synced = False
+        self.pings = 0
+
+    def _exchange(self, body):
+        try:
+            return 200, {"frames": self._sent(body["frames"], body["wait"])}
+        except ConnectionClosed as closed:
+            return SOCKET_ENDS[closed.rcvd.code]
+
+    def _sent(self, frames, wait) -> list[dict]:
+        answers = []
+        for frame in frames:
+            if not self.socket and frame.get("type") != "auth":
+                self._sent([{"type": "auth"}], 0)
+            if frame.get("type") == "auth":
+                self._open()
+                frame = frame | {"api_key": self.key, "protocol": 2, "instance": self.instance}
+            self.socket.send(json.dumps(frame))
+            if frame.get("type") in ("auth", "sync"):
+                answers.append(json.loads(self.socket.recv(10)))
+            self.synced = self.synced or frame.get("type") == "sync"
+        with contextlib.suppress(TimeoutError):
+            if wait and not answers:
+                answers.append(json.loads(self.socket.recv(wait)))
+        return answers + (self._until_pong() if self.synced else [])
+
+    def _until_pong(self) -> list[dict]:
+        self.pings += 1
+        self.socket.send(json.dumps({"type": "ping", "n": self.pings}))
+        frames = []
+        while True:
+            frame = json.loads(self.socket.recv(10))
+            if frame == {"type": "pong", "n": self.pings}:
+                return frames
+            frames.append(frame)
+
+    def _open(self):
+        self.close()
+        self.synced = False
+        self.socket = connect(f"{self.url}/ws/server", compression=None, legacy=True)
+
+    def close(self):
+        if self.socket:
+            self.socket.close()
+
+
+# What a poll would have been answered where a socket is closed.
+SOCKET_ENDS = {
+    4001: (409, {"code": "superseded"}),
+    4400: (422, {"code": "invalid"}),
+    4401: (401, {"code": "unauthorised"}),
+}
+
+
 def named(session_id: str, **more) -> dict:
     return {"session_id": session_id, "tmux_name": f"orc-{session_id[:12]}", "alive": True} | more
 
 
+@pytest.fixture(params=["poll", "socket"])
+def carrier(request):
+    """What carries the frames: every test of this file holds for both, unless it says `on_poll`."""
+    return request.param
+
+
+on_poll = pytest.mark.parametrize("carrier", ["poll"], indirect=True)
+
+
 @pytest.fixture
-def wire(app, world):
-    """`wire("dev")`: an agent of that server of `world`, in this process."""
+def wire(request, app, world, carrier):
+    """`wire("dev")`: an agent of that server of `world`."""
+    made = []
 
     def connect(name: str = "dev", **more) -> Agent:
         if name not in world.keys:
             world.server(name, online=False)
+        if carrier == "socket":
+            url = request.getfixturevalue("served")
+            made.append(SocketAgent(url, world.keys[name], **more))
+            return made[-1]
         client = Client(app).as_server(world.keys[name])
 
         def post(body):
@@ -117,7 +197,9 @@ def wire(app, world):
 
         return Agent(post, **more)
 
-    return connect
+    yield connect
+    for agent in made:
+        agent.close()
 
 
 @pytest.fixture
@@ -147,6 +229,7 @@ def session_events(world, session_id: str) -> list[str]:
 # ── connecting ────────────────────────────────────────────────────────────────────────────────
 
 
+@on_poll
 def test_an_unknown_instance_is_asked_to_sync_and_nothing_of_its_call_is_handled(world, wire):
     agent = wire("dev")
     before = world.now()
@@ -201,6 +284,7 @@ def test_the_newest_agent_wins_and_the_older_one_is_turned_away(agent, wire):
     newer.call()
 
 
+@on_poll
 def test_an_older_agent_may_come_back_once_the_newer_one_is_silent(agent, wire):
     newer = wire("dev")
     newer.connect()
@@ -225,7 +309,7 @@ def test_a_command_is_sent_until_it_is_acknowledged(world, agent, monkeypatch):
     assert sent["type"] == "task_assigned"
     assert agent.call() == []
     monkeypatch.setattr("wire.RESEND_S", 0.05)
-    [again] = wait_until(agent.call)
+    [again] = wait_until(lambda: sockets.links.remind() or agent.call())
     assert again == sent
     agent.call(agent.ack(sent["id"]))
     time_over = time.monotonic() + 0.2
@@ -258,13 +342,14 @@ def test_a_waiting_poll_is_woken_by_a_command(world, agent):
     waiting = threading.Thread(target=lambda: answers.append(agent.call(wait=20)))
     began = time.monotonic()
     waiting.start()
-    wait_until(lambda: not sockets.links._links[world.servers["dev"]].lock.locked())
+    wait_until(lambda: sockets.links._links[world.servers["dev"]]._changed._waiters)
     world.task("A", command=["true"], auto_assign=True)
     waiting.join(15)
     assert [f["type"] for f in answers[0]] == ["task_assigned"]
     assert time.monotonic() - began < 5
 
 
+@on_poll
 def test_a_poll_waits_no_longer_than_it_is_told(agent):
     began = time.monotonic()
     assert agent.call(wait=0.2) == []
@@ -274,6 +359,7 @@ def test_a_poll_waits_no_longer_than_it_is_told(agent):
 # ── calls that are repeated ───────────────────────────────────────────────────────────────────
 
 
+@on_poll
 def test_a_repeated_call_gets_the_same_answer_and_has_no_second_effect(world, agent, worker):
     _, session_id = worker
     frames = [
@@ -284,9 +370,11 @@ def test_a_repeated_call_gets_the_same_answer_and_has_no_second_effect(world, ag
     before = world.now()
     assert agent.call(*frames, seq=100) == first
     assert world.now() == before
+    assert sessions.logs().flush()
     assert sessions.logs().end(session_id) == 5
 
 
+@on_poll
 def test_a_repeated_call_brings_the_commands_of_the_first_again(world, agent):
     world.task("A", command=["true"], auto_assign=True)
     first = agent.call(seq=50)
@@ -295,13 +383,14 @@ def test_a_repeated_call_brings_the_commands_of_the_first_again(world, agent):
     assert agent.call(seq=51) == []
 
 
+@on_poll
 def test_a_repeated_sync_does_not_begin_again(agent, wire):
     fresh = wire("dev")
     frames = [{"type": "auth", "spool_id": "s"}, {"type": "sync", "instance": fresh.instance}]
     first = fresh.call(*frames, seq=1)
-    link = sockets.links.get(next(iter(sockets.links._links)), fresh.instance)
+    link = sockets.links.polling(next(iter(sockets.links._links)), fresh.instance)
     assert fresh.call(*frames, seq=1) == first
-    assert sockets.links.get(link.server_id, fresh.instance) is link
+    assert sockets.links.polling(link.server_id, fresh.instance) is link
 
 
 # ── the spool ─────────────────────────────────────────────────────────────────────────────────
@@ -441,8 +530,7 @@ def test_log_blocks_are_cut_refused_and_acknowledged_by_offset(agent, worker, ad
         (150, 1024, 1024),
         (1024, 1024, 1024),
     ]:
-        [answer] = agent.call(log(session_id, offset, text[offset:upto]))
-        assert answer == {"type": "log_ack", "session_id": session_id, "offset": end}
+        assert acked(agent, log(session_id, offset, text[offset:upto])) == end
     whole = admin.get(f"sessions/{session_id}/output")
     assert whole.data == text
     assert whole.headers["X-Next-Offset"] == "1024"
@@ -459,6 +547,7 @@ def test_a_long_log_is_read_piece_by_piece(agent, worker, admin):
     text = b"".join(b"%08d\n" % n for n in range(250_000))
     for offset in range(0, len(text), 64_000):
         agent.call(log(session_id, offset, text[offset : offset + 64_000]))
+    assert sessions.logs().flush()
     read, offset = b"", 0
     while True:
         answer = admin.get(f"sessions/{session_id}/output?offset={offset}")
@@ -468,6 +557,79 @@ def test_a_long_log_is_read_piece_by_piece(agent, worker, admin):
         read += answer.data
         offset = int(answer.headers["X-Next-Offset"])
     assert read == text
+
+
+def missing(agent, session_id, start, stop, **more) -> dict:
+    return agent.spool("session_gap", session_id=session_id, **{"from": start, "to": stop}, **more)
+
+
+def acked(agent, *frames) -> int:
+    """The offset up to which the log is acknowledged after `frames`."""
+    answers = agent.call(*frames)
+    while not (offsets := [f["offset"] for f in answers if f["type"] == "log_ack"]):
+        answers = agent.call(wait=10)
+    return offsets[-1]
+
+
+def test_a_log_goes_on_behind_a_gap_whatever_comes_first(world, agent, worker, admin):
+    _, session_id = worker
+    assert acked(agent, log(session_id, 0, b"0123")) == 4
+    assert acked(agent, log(session_id, 8, b"89")) == 4  # the gap before it is not known yet
+    assert acked(agent, missing(agent, session_id, 2, 8, why="limit")) == 8
+    assert acked(agent, log(session_id, 8, b"89")) == 10
+    before = world.now()
+    agent.call(missing(agent, session_id, 2, 8, why="limit"))  # said again after a crash
+    [mark] = admin.get(f"sessions/{session_id}/marks").json["marks"]
+    assert (mark["kind"], mark["from"], mark["to"], mark["why"]) == ("gap", 4, 8, "limit")
+    assert [e["type"] for e in world.events(after=before)] == ["session_log_gap"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"from": "x"}, {"to": 3}, {"from": 0, "to": []}, {"from": 9, "to": 3}, {"from": 10**30}],
+    ids=str,
+)
+def test_a_gap_that_makes_no_sense_is_passed_over(world, agent, worker, bad):
+    _, session_id = worker
+    frame = agent.spool("session_gap", session_id=session_id, **bad)
+    assert {"type": "spool_ack", "upto": agent.spooled} in agent.call(frame)
+    assert sessions.logs().marks(session_id) == [] and gaps(world) == []
+
+
+def test_a_gap_that_cannot_be_stored_is_not_taken(world, agent, worker, tmp_path):
+    _, session_id = worker
+    path = next(tmp_path.rglob("logs.db"))
+    frame = missing(agent, session_id, 0, 8)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert {"type": "spool_ack", "upto": agent.spooled - 1} in agent.call(frame)
+    other.execute("ROLLBACK")
+    other.close()
+    assert gaps(world) == []
+    assert {"type": "spool_ack", "upto": agent.spooled} in agent.call(frame)
+    assert gaps(world) == [0] and sessions.logs().end(session_id) == 8
+
+
+@pytest.mark.parametrize(
+    ("times", "kept"),
+    [
+        ([[1, 0.5], [3, 0.50049]], [[1, 0.5], [3, 0.5]]),
+        (None, []),
+        ("soon", []),
+        ([[0, 1]], []),
+        ([[4, 1]], []),
+        ([[1, 2], [2, 1]], []),
+        ([[1, -1]], []),
+        ([[1, 10**12]], []),
+        ([["x"]], []),
+    ],
+    ids=str,
+)
+def test_the_times_of_a_block_are_kept_when_they_make_sense(agent, worker, times, kept):
+    _, session_id = worker
+    acked(agent, log(session_id, 0, b"0123") | {"times": times})
+    [block], *_ = sessions.logs().blocks(session_id, 0, 10)
+    assert block.times == kept
 
 
 def test_a_block_that_is_too_large_is_not_taken(agent, worker):
@@ -607,6 +769,7 @@ def test_a_session_key_dies_with_its_session(world, agent, worker, client):
 # ── away and back ─────────────────────────────────────────────────────────────────────────────
 
 
+@on_poll
 def test_sessions_are_disconnected_by_silence_and_active_again_at_the_next_sign(
     world, agent, worker
 ):
@@ -688,6 +851,7 @@ def test_another_servers_session_is_not_adopted_by_its_id(world, agent, worker, 
 def test_the_log_goes_on_where_the_hub_has_it(agent, worker, wire):
     _, session_id = worker
     agent.call(log(session_id, 0, b"0123456789"))
+    assert sessions.logs().flush()
     answer = wire("dev", spool_id=agent.spool_id).connect(named(session_id))
     assert answer["sync_ok"]["sessions"][0]["log_acked"] == 10
 
@@ -718,7 +882,7 @@ def test_a_task_that_is_to_ask_stays_with_a_server_that_is_away(world, wire):
 
 
 @pytest.mark.parametrize("how", ["revoke", "renew"])
-def test_an_open_poll_ends_within_a_second_when_its_key_is_taken_away(world, wire, how):
+def test_an_agent_is_let_go_within_a_second_when_its_key_is_taken_away(world, wire, how, carrier):
     world.server("dev", machine_id="m")
     agent = wire("dev")
     agent.connect()
@@ -733,7 +897,7 @@ def test_an_open_poll_ends_within_a_second_when_its_key_is_taken_away(world, wir
     waiting = threading.Thread(target=wait)
     waiting.start()
     link = sockets.links._links[world.servers["dev"]]
-    wait_until(lambda: link.inbox._ready._waiters)
+    wait_until(lambda: link._changed._waiters)
     began = time.monotonic()
     if how == "revoke":
         servers.revoke(HUB, "dev")
@@ -742,7 +906,7 @@ def test_an_open_poll_ends_within_a_second_when_its_key_is_taken_away(world, wir
     waiting.join(15)
     at, (status, answer) = ended[0]
     assert at - began < 1
-    assert (status, answer["frames"]) == (200, [])
+    assert (status, answer.get("frames")) == ((200, []) if carrier == "poll" else (401, None))
     status, answer = agent.ask()
     assert (status, answer["code"]) == (401, "unauthorised")
 

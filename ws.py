@@ -1,0 +1,338 @@
+"""One WebSocket on the server's side, under flask-sock in place of its own.
+
+The framing is the `websockets` library's (RFC 6455, without input and output); this file adds the
+socket: one reader, whole frames sent under one lock, no compression, a limit on what is received,
+pings, and closing from any thread. Works with cooperative threads and with real ones.
+"""
+
+import logging
+import threading
+import time
+import weakref
+from base64 import b64decode
+from collections import deque
+from contextlib import suppress
+from functools import wraps
+from socket import SHUT_RDWR, SHUT_WR
+
+import flask_sock
+from simple_websocket import ConnectionClosed
+from websockets.exceptions import ConnectionClosed as ProtocolClosed
+from websockets.exceptions import InvalidState
+from websockets.frames import Frame, Opcode
+from websockets.protocol import OPEN, SERVER, Protocol
+from websockets.utils import accept_key
+from werkzeug.exceptions import BadRequest, HTTPException
+
+log = logging.getLogger("orchestratia.ws")
+_quiet = logging.getLogger("orchestratia.ws.protocol")  # the library tells of every end
+_quiet.setLevel(logging.WARNING)
+
+RECV_BYTES = 64 * 1024
+STRANGER_MOST = 64 * 1024  # bytes in a message of somebody who has not said who they are
+QUIET_S = 25.0  # silence after which a ping is sent, and the longest a send may be stuck
+GONE_S = 60.0  # silence after which the other side is taken for dead
+CLOSING_S = 2.0  # how long a closed connection may wait for the other side's farewell
+REASON_MOST = 120  # bytes of a reason in a close frame (RFC 6455: 123)
+YIELD_EVERY = 8  # messages of one peer after which others get their turn
+
+
+class UpgradeRequired(HTTPException):
+    code = 426
+    description = "This hub speaks WebSocket version 13 only."
+
+    def get_headers(self, *args, **kwargs):
+        return [*super().get_headers(*args, **kwargs), ("Sec-WebSocket-Version", "13")]
+
+
+def text_frame(payload: bytes) -> bytes:
+    """A whole text message as it goes over the wire; may be sent to any number of peers."""
+    return Frame(Opcode.TEXT, payload).serialize(mask=False)
+
+
+class Wire:
+    """An accepted WebSocket.
+
+    Raises BadRequest or UpgradeRequired for a handshake that is none. One thread calls
+    `receive()`; any thread may `send()` and `close()`.
+    """
+
+    def __init__(self, environ: dict):
+        answer = _handshake(environ)
+        self._sock = _socket_of(environ)
+        # Tells flask-sock what its server does with the answer that has been written already.
+        self.mode = "werkzeug" if "werkzeug.socket" in environ else "gevent"
+        self._sock.settimeout(QUIET_S)
+        self._protocol = Protocol(SERVER, state=OPEN, max_size=STRANGER_MOST, logger=_quiet)
+        self._rules = threading.Lock()  # around the protocol's state
+        self._sending = threading.Lock()  # around the socket: whole frames only
+        self._answers: deque[bytes] = deque()  # of the protocol itself: pongs, farewells
+        self._messages: deque[str | bytes] = deque()
+        self._parts: tuple[Opcode, bytearray] | None = None
+        self._taken = 0
+        self._closed = False  # we have said farewell, or it has ended
+        self._ended = False
+        self.heard = time.monotonic()
+        _open.add(self)
+        self._write(answer)
+
+    def allow(self, size: int) -> None:
+        """Receive messages of up to `size` bytes from now on."""
+        self._protocol.max_message_size = size
+
+    def limit_silence(self, seconds: float) -> None:
+        """How long `receive` waits before it pings; also the longest a send may be stuck."""
+        self._sock.settimeout(seconds)
+
+    # ── receiving ─────────────────────────────────────────────────────────────────────────────
+
+    def receive(self, timeout: float | None = None) -> str | bytes | None:
+        """The next message; None when none came within `timeout` seconds.
+
+        Raises ConnectionClosed when the connection has ended, whoever ended it.
+        """
+        if self._closed:
+            raise ConnectionClosed(self._protocol.close_code)
+        if timeout is not None and not self._messages:
+            return self._receive_within(timeout)
+        while not self._messages:
+            self._read()
+        return self._messages.popleft()
+
+    def receive_all(self) -> list[str | bytes]:
+        """The messages that have come, waiting for one; a few at most, and others get their turn
+        in between, however fast one peer sends."""
+        taken = [self.receive()]
+        while self._messages and len(taken) < YIELD_EVERY:
+            taken.append(self._messages.popleft())
+        self._taken += len(taken)
+        if self._taken >= YIELD_EVERY:
+            self._taken = 0
+            time.sleep(0)
+        return taken
+
+    def _receive_within(self, timeout: float) -> str | bytes | None:
+        """Only before anybody else uses the socket: its time-out is changed meanwhile."""
+        usual, deadline = self._sock.gettimeout(), time.monotonic() + timeout
+        try:
+            while not self._messages:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return None
+                self._sock.settimeout(left)
+                self._read(ping=False)
+        finally:
+            self._sock.settimeout(usual)
+        return self._messages.popleft()
+
+    def _read(self, ping: bool = True) -> None:
+        if self._protocol.state is not OPEN:
+            self._end()
+        if self._closed:
+            raise ConnectionClosed(self._protocol.close_code)
+        try:
+            data = self._sock.recv(RECV_BYTES)
+        except TimeoutError:
+            if ping:
+                self._look_alive()
+            return
+        except OSError:
+            data = b""
+        self.heard = time.monotonic()
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        with self._rules:
+            if data:
+                self._protocol.receive_data(data)
+            else:
+                self._protocol.receive_eof()
+            frames = self._protocol.events_received()
+            self._answers += [part for part in self._protocol.data_to_send() if part]
+        if not self._closed:
+            for frame in frames:
+                self._assemble(frame)
+        self._answer()
+        if self._protocol.state is not OPEN and not self._messages:
+            self._end()
+            raise ConnectionClosed(self._protocol.close_code)
+
+    def _assemble(self, frame: Frame) -> None:
+        """Messages from frames: fragments are joined, text must be UTF-8."""
+        if frame.opcode in (Opcode.TEXT, Opcode.BINARY):
+            self._parts = frame.opcode, bytearray()
+        elif frame.opcode is not Opcode.CONT:
+            return
+        kind, parts = self._parts
+        parts += frame.data
+        if not frame.fin:
+            return
+        self._parts = None
+        try:
+            self._messages.append(parts.decode() if kind is Opcode.TEXT else bytes(parts))
+        except UnicodeDecodeError as error:
+            self._messages.clear()
+            self.close(1007, f"{error.reason} at position {error.start}")
+
+    def _look_alive(self) -> None:
+        if time.monotonic() - self.heard > GONE_S:
+            self._end()
+        else:
+            self._write(Frame(Opcode.PING, b"").serialize(mask=False))
+
+    # ── sending ───────────────────────────────────────────────────────────────────────────────
+
+    def send(self, text: str | bytes) -> None:
+        """Send a text message. Raises ConnectionClosed."""
+        self.send_encoded(text_frame(text.encode() if isinstance(text, str) else text))
+
+    def send_encoded(self, frames: bytes) -> None:
+        """Send what `text_frame` made, or several joined. Raises ConnectionClosed."""
+        if self._closed:
+            raise ConnectionClosed(self._protocol.close_code)
+        self._write(frames)
+
+    def _write(self, data: bytes) -> None:
+        try:
+            with self._sending:
+                self._sock.sendall(data)
+        except OSError as error:  # gone, or stuck for too long in the middle of a frame
+            self._end()
+            raise ConnectionClosed(1006) from error
+        self._answer()
+
+    def _answer(self) -> None:
+        """Send pongs and the like; the reader never waits for a peer that takes nothing, whoever
+        is sending just now does it afterwards."""
+        while self._answers and self._sending.acquire(blocking=False):
+            try:
+                while self._answers:
+                    self._sock.sendall(self._answers.popleft())
+            except OSError as error:
+                self._end()
+                raise ConnectionClosed(1006) from error
+            finally:
+                self._sending.release()
+
+    # ── closing ───────────────────────────────────────────────────────────────────────────────
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Say farewell and take nothing more, from any thread. Does not wait for the answer."""
+        if self._closed:
+            return
+        self._closed = True
+        _open.discard(self)
+        try:
+            with self._rules:
+                self._protocol.send_close(
+                    code, reason.encode()[:REASON_MOST].decode(errors="ignore")
+                )
+                farewell = b"".join(self._protocol.data_to_send())
+        except (InvalidState, ProtocolClosed):
+            return  # the other side has said farewell, and was answered
+        if not self._sending.acquire(timeout=CLOSING_S):
+            return self._end()  # a send is stuck: no farewell would get through
+        try:
+            self._sock.settimeout(CLOSING_S)
+            self._sock.sendall(farewell)
+            self._sock.shutdown(SHUT_WR)
+        except OSError:
+            pass  # it has ended already
+        finally:
+            self._sending.release()
+
+    def finish(self) -> None:
+        """The last thing its reader does: wait a moment for the other side's farewell, so that ours
+        is not lost, then let the connection go."""
+        self.close()
+        deadline = time.monotonic() + CLOSING_S
+        try:
+            while not self._ended and time.monotonic() < deadline:
+                self._sock.settimeout(CLOSING_S)
+                if not self._sock.recv(RECV_BYTES):
+                    break
+        except OSError:
+            pass  # it has ended already
+        self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._closed = True
+        _open.discard(self)
+        with suppress(OSError):  # it has ended already
+            self._sock.shutdown(SHUT_RDWR)
+
+
+_open: "weakref.WeakSet[Wire]" = weakref.WeakSet()
+_stopping = threading.Event()
+
+
+def stop() -> None:
+    """Close every open WebSocket because the hub stops."""
+    _stopping.set()
+    for wire in list(_open):
+        wire.close(1012, "the hub restarts")
+
+
+def stopping() -> bool:
+    """Whether connections end because the hub stops, and not because somebody went away."""
+    return _stopping.is_set()
+
+
+def _short(reason: str) -> str:
+    return reason.encode()[:REASON_MOST].decode(errors="ignore")
+
+
+def _handshake(environ: dict) -> bytes:
+    """The answer that accepts the upgrade. Raises BadRequest or UpgradeRequired."""
+    if environ.get("HTTP_SEC_WEBSOCKET_VERSION") != "13":
+        raise UpgradeRequired()
+    key = environ.get("HTTP_SEC_WEBSOCKET_KEY", "")
+    try:
+        valid = len(b64decode(key, validate=True)) == 16
+    except ValueError:
+        valid = False
+    if not valid or environ["REQUEST_METHOD"] != "GET":
+        raise BadRequest("This is no WebSocket handshake: Sec-WebSocket-Key is missing or wrong.")
+    lines = (
+        "HTTP/1.1 101 Switching Protocols",
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        f"Sec-WebSocket-Accept: {accept_key(key)}",
+        "\r\n",
+    )
+    return "\r\n".join(lines).encode()
+
+
+def _socket_of(environ: dict):
+    """The connection itself, out of gevent's (or werkzeug's) environment."""
+    if "werkzeug.socket" in environ:
+        return environ["werkzeug.socket"]
+    stream = environ["wsgi.input"]
+    return getattr(stream, "rfile", stream).raw._sock
+
+
+flask_sock.Server = Wire
+_sock = flask_sock.Sock()
+
+
+def route(bp, path: str):
+    """Register a handler `(wire, **parts of the path)` for a WebSocket on a blueprint."""
+
+    def register(handler):
+        @wraps(handler)
+        def guarded(wire: Wire, **parts):
+            try:
+                handler(wire, **parts)
+            except ConnectionClosed:
+                pass
+            except Exception:  # an HTTP answer cannot be given any more
+                log.exception("%s failed", path)
+                wire.close(1011, "Something broke inside the hub; its log says what.")
+            finally:
+                wire.finish()
+
+        _sock.route(path, bp=bp)(guarded)
+        return handler
+
+    return register
