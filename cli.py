@@ -7,22 +7,29 @@ standard output. Exit codes: 0 done, 1 refused by the hub (or the work awaited h
 2 wrong usage, 3 hub unreachable, 4 timed out waiting, 130 interrupted.
 """
 
+import base64
 import codecs
 import functools
+import importlib
 import io
 import ipaddress
 import json
 import os
 import queue
+import random
 import re
+import select
 import shlex
+import signal
+import ssl
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
@@ -32,6 +39,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 import click
 import requests
 import yaml
+from rich.cells import set_cell_size
 from rich.console import Console
 from rich.console import Group as Stack
 from rich.live import Live
@@ -40,6 +48,12 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 from urllib3.exceptions import HTTPError as TransportError  # what reading a requests stream raises
+
+try:
+    import termios
+    import tty
+except ImportError:  # Windows
+    termios = None
 
 VERSION = "1.0.0"
 CONNECT_TIMEOUT_S = 5
@@ -51,6 +65,8 @@ PAGE = 1000  # the longest list the hub gives at once
 FOLLOW_INTERVAL_S = 1
 RETRY_PAUSE_S = 0.2
 RECONNECT_S = 0.5
+SOCKET_PING_S = 10  # a connection that says nothing for twice as long is dead
+SOCKET_MESSAGE_MOST = 2**25  # 32 MB: a long scrollback comes in one message
 LOST_THE_HUB = "Lost the hub; trying to reach it again…"
 WIDE = 100_000  # columns of a "terminal" that never wraps
 EXIT_REFUSED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_TIMEOUT, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
@@ -461,16 +477,37 @@ class KeyAuth(requests.auth.AuthBase):
 def reason_of(error):
     """Why a connection failed, in a few words."""
     text = str(error)
-    if isinstance(error, requests.exceptions.SSLError):
+    if isinstance(error, (requests.exceptions.SSLError, ssl.SSLError)):
         return f"its certificate was not accepted ({one_line(text)[-120:]})"
     if isinstance(error, requests.exceptions.ConnectTimeout):
         return f"no connection within {CONNECT_TIMEOUT_S} s"
     if isinstance(error, requests.exceptions.Timeout):
         return f"no answer within {ANSWER_TIMEOUT_S} s"
+    if isinstance(error, TimeoutError):
+        return f"no answer within {CONNECT_TIMEOUT_S} s"
     found = re.search(r"\[Errno -?\d+\] ([^'\")]+)", text)
     if found:
         return found[1].strip().lower()
     return "the connection was closed without an answer"
+
+
+@functools.cache
+def websockets():
+    """The library of that name, imported only by the commands that need it."""
+    try:
+        importlib.import_module("websockets.sync.client")
+        return importlib.import_module("websockets")
+    except ImportError:
+        missing = "This needs the Python package websockets: pip install websockets"
+        raise Problem(missing, "local") from None
+
+
+def plain_answer(response):
+    """A refused WebSocket handshake as an answer of `requests`."""
+    answer = requests.Response()
+    answer.status_code, answer.reason = response.status_code, response.reason_phrase
+    answer.raw = io.BytesIO(response.body or b"")
+    return answer
 
 
 def never_sent(error):
@@ -511,12 +548,13 @@ class Hub:
         return self._json(self._send("DELETE", path, query=query))
 
     def output(self, path, offset):
-        """The bytes of a log from `offset` and the offset after them."""
+        """The bytes of a log from `offset` or from what is there behind it, where they begin, and
+        the offset after them."""
         answer = self._send("GET", path, query={"offset": offset})
-        following = answer.headers.get("X-Next-Offset", "")
-        return answer.content, int(following) if following.isdigit() else offset + len(
-            answer.content
-        )
+        begins, following = (answer.headers.get(h, "") for h in ("X-Offset", "X-Next-Offset"))
+        begins = int(begins) if begins.isdigit() else offset
+        following = int(following) if following.isdigit() else begins + len(answer.content)
+        return answer.content, begins, following
 
     def stream(self, path, last_id=None):
         headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
@@ -524,6 +562,51 @@ class Hub:
             headers["Last-Event-ID"] = str(last_id)
         timeout = (CONNECT_TIMEOUT_S, BEAT_TIMEOUT_S)
         return self._send("GET", path, headers=headers, stream=True, timeout=timeout)
+
+    def download(self, path, file):
+        """Writes the body of an answer to a binary file, as it comes."""
+        try:
+            with self._send("GET", path, stream=True) as answer:
+                for block in answer.iter_content(65536):
+                    file.write(block)
+        except requests.exceptions.RequestException as error:
+            raise self._unreachable(error, "GET") from None
+
+    def socket(self, path):
+        """A WebSocket to the hub."""
+        library = websockets()
+        try:
+            connection = library.sync.client.connect(
+                f"ws{self.url.removeprefix('http')}/{path}",
+                additional_headers={"Authorization": f"Bearer {self.http.auth.key}"},
+                user_agent_header=self.http.headers["User-Agent"],
+                compression=None,
+                ssl=self._tls(),
+                proxy=True if self.http.trust_env else None,
+                open_timeout=CONNECT_TIMEOUT_S,
+                ping_interval=SOCKET_PING_S,
+                ping_timeout=SOCKET_PING_S,
+                close_timeout=1,
+                max_size=SOCKET_MESSAGE_MOST,
+            )
+        except library.exceptions.InvalidStatus as refused:
+            problem = self._refusal(plain_answer(refused.response))
+            away = refused.response.status_code >= 500
+            raise (Unreachable(str(problem), problem.code) if away else problem) from None
+        except (OSError, EOFError, library.exceptions.WebSocketException) as error:
+            raise self._unreachable(error, "GET") from None
+        return connection.__enter__()  # its newer releases give a connection out in a `with` only
+
+    def _tls(self):
+        """What certificates are checked against, as for HTTP; None where nothing is encrypted."""
+        if not self.url.startswith("https"):
+            return None
+        proof = self.http.merge_environment_settings(self.url, {}, None, self.http.verify, None)
+        verify = proof["verify"]
+        if not verify:
+            return ssl._create_unverified_context()  # noqa: S323 (asked for)
+        where = {} if verify is True else {"capath" if os.path.isdir(verify) else "cafile": verify}
+        return ssl.create_default_context(**where)
 
     def _send(self, method, path, body=None, query=None, headers=None, **options):
         try:
@@ -1169,6 +1252,7 @@ def session_detail(screen, session):
         ("task", one_line(session.get("task_title") or "")),
         ("task id", one_line(session.get("task_id") or "")),
         ("attempt", session.get("attempt")),
+        ("terminal", "plain: it ends with its agent" if session.get("terminal") == "pty" else ""),
         ("directory", one_line(session.get("working_directory") or "")),
         ("process", session.get("pid")),
         ("exit code", session.get("exit_code")),
@@ -1525,7 +1609,7 @@ def report(problem, as_json):
     click.echo(click.style("Error:", fg="red" if colour else None) + f" {clean(problem)}", err=True)
     for candidate in problem.fields.get("candidates") or ():
         click.echo(f"  {candidate_line(candidate)}", err=True)
-    if problem.code in ("unauthorized", "unauthenticated", "http_401"):
+    if problem.code in ("unauthorised", "unauthorized", "unauthenticated", "http_401"):
         click.echo("Sign in with: orchestratia login", err=True)
     return problem.exit_code
 
@@ -1816,6 +1900,48 @@ def session_show(app, name):
     app.show(app.hub.get(session_path(app, name)), session_detail)
 
 
+@session.command(
+    "start",
+    trailing=True,
+    options_metavar="[OPTIONS] [-- PROGRAM ARGUMENT…]",
+    example="orchestratia session start dev-backend --attach\n"
+    "orchestratia session start dev-backend --name watcher -- tail -f build.log",
+)
+@click.argument("server_name", metavar="SERVER")
+@click.option("--name", help="What it is called; a name is made up if left out.")
+@click.option("--dir", "working_dir", metavar="DIR", help="Where it starts, on that server.")
+@click.option("--profile", help="The coding agent it runs; a shell if left out.")
+@click.option("--role", type=click.Choice(["worker", "orchestrator", "plain"]))
+@click.option("--attach", is_flag=True, help="Attach to it at once.")
+@click.pass_context
+@pass_app
+def session_start(app, ctx, server_name, attach, **fields):
+    """Start a session on a server: a shell, or the program after --."""
+    body = {"server_id": server_name, **given(command=ctx.meta.get("trailing"), **fields)}
+    if not attach:
+        made = app.hub.post("sessions", body)
+        return app.did(f"Session {made.get('name')} is starting", made, session_detail)
+    need_terminal()
+    cols, rows = own_size()
+    Attachment(app, app.hub.post("sessions", body | {"cols": cols, "rows": rows})).run()
+
+
+@session.command("attach", example="orchestratia session attach dev-01")
+@click.argument("name")
+@click.option("--read-only", is_flag=True, help="Only watch: nothing is typed, the size is left.")
+@click.option("--no-resize", is_flag=True, help="Leave the session's size as it is.")
+@pass_app
+def session_attach(app, name, read_only, no_resize):
+    """See a session as it happens and type into it, in this terminal.
+
+    Ctrl-] d detaches, Ctrl-] ? tells the other keys. The session goes on when you leave.
+
+    Without a terminal it only watches: what is printed goes to standard output.
+    """
+    need_terminal()
+    Attachment(app, app.hub.get(session_path(app, name)), read_only, no_resize).run()
+
+
 @session.command("screen", example="orchestratia session screen dev-01")
 @click.argument("name")
 @pass_app
@@ -1839,6 +1965,20 @@ def session_send(app, name, text):
     app.did(f"Sent to {name}.", app.hub.post(session_path(app, name, "input"), {"text": text}))
 
 
+@session.command("input", example="printf '\\003' | orchestratia session input dev-01 -   # Ctrl-C")
+@click.argument("name")
+@click.argument("text")
+@pass_app
+def session_input(app, name, text):
+    """Pass raw keystrokes to a session: TEXT as it is, not submitted.
+
+    Write it after -- if it begins with a dash; - alone reads bytes from standard input.
+    """
+    data = sys.stdin.buffer.read() if text == "-" else text.encode()
+    body = {"data": base64.b64encode(data).decode()}
+    app.did(f"Passed to {name}.", app.hub.post(session_path(app, name, "input"), body))
+
+
 @session.command("close", example="orchestratia session close dev-01 --force")
 @click.argument("name")
 @click.option("--force", is_flag=True, help="Kill what runs in it.")
@@ -1854,10 +1994,41 @@ class Log:
 
     def __init__(self, app, raw):
         self.app, self.raw, self.rest = app, raw, ""
-        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.decode = self.decoder.decode
         self.collected = []
+        self.marks = []  # what was missing so far
 
-    def write(self, block, offset):
+    def write_marked(self, block, offset, asked, marks):
+        """The block that begins at `offset`, with what is missing in it and, from where it was
+        asked for, before it."""
+        end = offset + len(block)
+        for mark in marks:
+            start, stop = mark["from"], mark["to"]
+            known = any(mark["from"] == said["from"] for said in self.marks)
+            if known or start >= end or (start + 1 if stop is None else stop) <= asked:
+                continue
+            cut = max(0, start - offset)
+            self.write(block[:cut])
+            block, offset = block[cut:], offset + cut
+            self.missing(mark, max(start, asked))
+        self.write(block)
+
+    def missing(self, mark, start):
+        self.marks.append(mark)
+        size = "output" if mark["to"] is None else size_text(mark["to"] - start)
+        what = "removed" if mark["kind"] == "removed" else "missing"
+        self.write(self.decoder.decode(b"", final=True).encode())
+        self.decoder.reset()
+        if self.app.as_json:
+            return
+        if self.rest:
+            click.echo(self._readable(self.rest))
+            self.rest = ""
+        # Raw output is the bytes as they were: what is said about them goes elsewhere.
+        click.echo(f"… {size} {what}: {one_line(mark['why'])} …", err=self.raw)
+
+    def write(self, block):
         if self.app.as_json:
             text = self.decode(block)
             self.collected.append(text)
@@ -1886,11 +2057,11 @@ class Log:
 def session_logs(app, name, follow, raw):
     """Print the complete output of a session."""
     found = app.hub.get(session_path(app, name))
-    path, offset = f"sessions/{found['id']}", found.get("log_start") or 0
+    path, offset = f"sessions/{found['id']}", 0
     log = Log(app, raw)
     while True:
         over = not follow or found.get("status") in SESSION_OVER
-        offset = drain(app, f"{path}/output", offset, log)
+        offset = drain(app, path, offset, log)
         if app.as_json and follow:
             flush_json(log, offset)
         if over:
@@ -1899,25 +2070,649 @@ def session_logs(app, name, follow, raw):
         found = app.hub.get(path)
     log.close()
     if not follow:
-        app.show(
-            {"session_id": found["id"], "output": "".join(log.collected), "next_offset": offset}
-        )
+        text = "".join(log.collected)
+        shown = {"session_id": found["id"], "output": text, "next_offset": offset}
+        app.show(shown | {"marks": log.marks})
 
 
 def drain(app, path, offset, log):
     """Reads the log from `offset` to its present end, and returns that."""
+    marks = None
     while True:
-        block, following = app.hub.output(path, offset)
-        if not block:
+        block, begins, following = app.hub.output(f"{path}/output", offset)
+        if not block and begins == offset:
             return following
-        log.write(block, offset)
+        if marks is None or begins > offset:
+            marks = app.hub.get(f"{path}/marks")["marks"]
+        log.write_marked(block, begins, offset, marks)
         offset = following
+
+
+def size_text(size):
+    for unit, factor in (("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
 
 
 def flush_json(log, offset):
     if log.collected:
         click.echo(json.dumps({"output": "".join(log.collected), "next_offset": offset}))
         log.collected.clear()
+
+
+@session.command("scrollback", example="orchestratia session scrollback dev-01 | tail -100")
+@click.argument("name")
+@pass_app
+def session_scrollback(app, name):
+    """Print what has scrolled off the session's screen, and the screen."""
+    wire = TerminalWire(app.hub, app.hub.get(session_path(app, name))["id"])
+    try:
+        wire.connect()
+        wire.send("scrollback")
+        found = wire.next("scrollback", "error")
+    finally:
+        wire.close()
+    if found["type"] == "error":
+        raise Problem(one_line(found.get("detail") or "The hub refused that."), found.get("code"))
+    lines = found.get("lines") or []
+    app.show(
+        {"lines": lines},
+        lambda screen, data: Text("\n".join(clean(line) for line in lines)),
+    )
+
+
+@session.command(
+    "recording", example="orchestratia session recording dev-01 -o dev-01.cast   # asciinema play"
+)
+@click.argument("name")
+@click.option("--output", "-o", metavar="FILE", default="-", help="Instead of standard output.")
+@pass_app
+def session_recording(app, name, output):
+    """Download a session as an asciicast: everything it printed, with its timing."""
+    path = session_path(app, name, "recording")
+    if output == "-":
+        return app.hub.download(path, sys.stdout.buffer)
+    scratch = f"{output}.part"
+    try:
+        with open(scratch, "wb") as file:
+            app.hub.download(path, file)
+        os.replace(scratch, output)
+    except OSError as error:
+        raise Problem(f"Cannot write {output}: {error.strerror or error}.", "local") from None
+    finally:
+        with suppress(OSError):
+            os.unlink(scratch)
+    size = os.path.getsize(output)
+    app.did(f"Saved {output}, {size:,} bytes.", {"file": output, "bytes": size})
+
+
+# --- a session in this terminal ---------------------------------------------------------------
+
+PREFIX = b"\x1d"  # Ctrl-]
+KEYS = "Ctrl-] and then: d detach, t take the size, s scrollback, Ctrl-] types Ctrl-]"
+NOTICE_S = 4
+FRAME_TIMEOUT_S = 20
+AWAY = "lost the connection to the hub; trying again…"
+# Reports of the mouse and of the focus come without a key being pressed.
+UNTYPED = re.compile(rb"(?:\x1b\[(?:[IO]|<[0-9;]*[Mm]|M.{3}))*", re.S)
+
+# A session's output is a stranger's. What paints is passed on; what asks the terminal something
+# (the answer would be typed), sets clipboard or title, or leaves something behind is not.
+SEQUENCE = re.compile(
+    rb"(?P<paints>\x1b\[[0-9;:]*[@-MPSTXZ`abdefgmrsu]|\x1b\[[0-9]* q|\x1b\[4[hl]"
+    rb"|\x1b[78DEHM=>]|\x1b[()][0AB])"
+    rb"|\x1b\[\?(?P<modes>[0-9;]*[hl])"
+    rb"|(?P<reset>\x1bc)"
+    rb"|(?P<cut>\x1b(?:\[[0-?]*[ -/]*|[ -/]+|[]PX^_][^\x07\x18\x1a\x1b]*\x1b?)?\Z|\xc2\Z)"
+    rb"|\x1b[]PX^_][^\x07\x18\x1a\x1b]*(?:[\x07\x18\x1a]|\x1b\\|(?=\x1b[^\\]))"
+    rb"|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]|\x1b|\x05|\xc2(?![\xa0-\xbf])[\x80-\x9f]?"
+)
+AUTOWRAP, CURSOR = b"7", b"25"
+UNDONE = b"1;6;12;1000;1002;1003;1004;1005;1006;1015;2004;2026"  # modes that are off by themselves
+MODES = {AUTOWRAP, CURSOR, *UNDONE.split(b";")}
+ALTERNATE = {b"47", b"1047", b"1049"}
+CLEAR = b"\x1b[m\x1b[H\x1b[2J"
+PLAIN = b"\x1b\\\x1b[!p\x1b[?" + UNDONE + b"l\x1b[?7;25h\x1b>\x1b(B\x0f\x1b[0 q\x1b[r\x1b[m"
+OPEN, SHUT = b"\x1b[?1049h" + PLAIN + CLEAR, PLAIN + CLEAR + b"\x1b[?1049l"
+
+
+class Painter:
+    """Lets through of a session's output what paints, however it is cut into blocks."""
+
+    def __init__(self):
+        self.rest, self.wraps = b"", True
+
+    def feed(self, data):
+        data, self.rest = self.rest + data, b""
+        return SEQUENCE.sub(self._passed, data)
+
+    def _passed(self, match):
+        kind, found = match.lastgroup, match[0]
+        if kind == "cut":
+            string = found[1:2] in (b"]", b"P", b"X", b"^", b"_") and found[1:2]
+            # Of a string only its beginning is kept, so that an endless one takes no memory.
+            last = b"\x1b" if string and found.endswith(b"\x1b") else b""
+            self.rest = b"\x1b" + string + last if string else found[:64]
+        elif kind == "modes":
+            return self._modes(set(match["modes"][:-1].split(b";")), found[-1:])
+        return {"paints": found, "reset": CLEAR}.get(kind, b"")
+
+    def _modes(self, modes, end):
+        # The picture has an alternate screen to itself; the session's own one is a clear page.
+        page = CLEAR if modes & ALTERNATE else b""
+        kept = sorted(modes & MODES if self.wraps else modes & MODES - {AUTOWRAP})
+        return page + (b"\x1b[?%b%b" % (b";".join(kept), end) if kept else b"")
+
+
+def need_terminal():
+    if not termios:
+        raise Problem(
+            "Attaching needs a terminal of Linux, macOS or WSL. On Windows open the session's "
+            "page in the browser.",
+            "local",
+        )
+
+
+def own_size():
+    """(columns, rows) of this terminal, within what a hub takes."""
+    try:
+        found = os.get_terminal_size(sys.stdout.fileno())
+    except OSError:
+        found = (0, 0)
+    return tuple(min(max(n or usual, 2), 500) for n, usual in zip(found, (80, 24), strict=True))
+
+
+class Window:
+    """This terminal while a session has it: raw, on its alternate screen, later as it was."""
+
+    def __init__(self):
+        self.output = sys.stdout.fileno()
+        self.paints = sys.stdout.isatty()
+        self.input = sys.stdin.fileno() if self.paints and sys.stdin.isatty() else None
+        self.painter, self.lock = Painter(), threading.RLock()
+        self.saved, self.notice, self.entered = None, "", False
+        self.picture = own_size()
+
+    def __enter__(self):
+        self.enter()
+        return self
+
+    def __exit__(self, *error):
+        self.leave()
+
+    def enter(self):
+        if self.input is not None:
+            self.saved = termios.tcgetattr(self.input)
+            tty.setraw(self.input, termios.TCSADRAIN)  # what was typed meanwhile counts
+        self.entered = True
+        if self.paints:
+            self.write(OPEN)
+
+    def leave(self):
+        if not self.entered:
+            return
+        # A terminal that takes nothing any more must not keep anyone from leaving.
+        held = self.lock.acquire(timeout=1)
+        self.entered = False
+        with suppress(OSError):
+            if self.paints:
+                self.write(SHUT)
+        if self.saved:
+            with suppress(termios.error):  # it may have gone
+                termios.tcsetattr(self.input, termios.TCSAFLUSH, self.saved)
+        if held:
+            self.lock.release()
+
+    def keys(self):
+        """What was typed, at least a byte; nothing when the terminal has gone."""
+        try:
+            return os.read(self.input, 32768)
+        except OSError:
+            return b""
+
+    def write(self, data):
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[os.write(self.output, left[:8192]) :]
+            except BlockingIOError:  # another program has set the terminal so
+                select.select([], [self.output], [])
+
+    def paint(self, data, fresh=False):
+        """Writes what a session printed; `fresh` output is a whole new picture."""
+        with self.lock:
+            if fresh:
+                self.painter.rest = b""
+            start = PLAIN + self._wrapping() + CLEAR if fresh and self.paints else b""
+            self.write(start + self.painter.feed(data) + self._margins() + self._banner())
+
+    def fit(self, cols, rows):
+        """How large the picture is. Where it is wider than the terminal its lines are cut."""
+        with self.lock:
+            self.picture, self.painter.wraps = (cols, rows), cols <= own_size()[0]
+            if self.paints and self.entered:
+                self.write(self._wrapping() + self._margins())
+
+    def _wrapping(self):
+        return b"\x1b[?7h" if self.painter.wraps else b"\x1b[?7l"
+
+    def _margins(self):
+        """Keeps what is beside a smaller picture empty: it was of a larger one."""
+        (cols, rows), (wide, high) = own_size(), self.picture
+        if not (self.paints and self.entered) or (wide >= cols and high >= rows):
+            return b""
+        beside = "".join(f"\x1b[{row};{wide + 1}H\x1b[K" for row in range(1, min(high, rows) + 1))
+        below = f"\x1b[{high + 1};1H\x1b[J"
+        parts = (beside if wide < cols else "") + (below if high < rows else "")
+        return f"\x1b7\x1b[?6l\x1b[m{parts}\x1b8".encode()
+
+    def tell(self, text, bell=False):
+        """Shows a notice over the last lines, until a new picture without it is asked for."""
+        self.notice = text
+        if self.lock.acquire(timeout=0.2):  # else whoever is writing shows it
+            try:
+                self.write(self._banner() + (b"\a" if bell and self.paints else b""))
+            finally:
+                self.lock.release()
+
+    def _banner(self):
+        if not (self.notice and self.paints and self.entered):
+            return b""
+        cols, rows = own_size()
+        lines = textwrap.wrap(one_line(self.notice), max(cols - 2, 1))[:rows]
+        banner = "".join(
+            f"\x1b[{row};1H{set_cell_size(f' {line}', cols)}"
+            for row, line in enumerate(lines, rows - len(lines) + 1)
+        )
+        return f"\x1b7\x1b[?6l\x1b[0;7m{banner}\x1b8".encode()
+
+
+class TerminalWire:
+    """One session's socket at the hub, and where in its output the next connection goes on."""
+
+    REFUSALS = {4401: "unauthorised", 4403: "forbidden", 4404: "not_found"}
+    PASSING = (4408, 4429)  # too slow, too many: these pass
+
+    def __init__(self, hub, session_id):
+        self.hub, self.path = hub, f"ws/terminal/{session_id}"
+        self.socket, self.offset, self.sentence = None, None, ""
+
+    def connect(self):
+        """Raises Unreachable, and Problem when the hub refuses."""
+        self.socket = self.hub.socket(self.path)
+        self.send("resume", offset=self.offset)
+
+    def send(self, kind, **fields):
+        """Sends a frame; False when there is no connection for it."""
+        socket = self.socket
+        if not socket:
+            return False
+        try:
+            socket.send(json.dumps({"type": kind, **fields}))
+        except (OSError, websockets().exceptions.ConnectionClosed):
+            return False
+        return True
+
+    def receive(self, timeout=None):
+        """The next frame, None when the connection has ended. Raises Problem if it was refused."""
+        while True:
+            try:
+                frame = json.loads(self.socket.recv(timeout))
+            except websockets().exceptions.ConnectionClosed as closed:
+                return self._ended(closed.rcvd)
+            except (ValueError, RecursionError):  # no JSON
+                continue
+            if isinstance(frame, dict):
+                if frame.get("type") == "error":
+                    self.sentence = one_line(frame.get("detail") or "")
+                return frame
+
+    def next(self, *kinds):
+        """The next frame of one of these kinds. Raises Unreachable when there is none."""
+        with suppress(TimeoutError):
+            while (frame := self.receive(FRAME_TIMEOUT_S)) is not None:
+                if frame.get("type") in kinds:
+                    return frame
+        raise Unreachable(
+            f"The hub at {self.hub.url} does not say what is in the session; try again.",
+            "unreachable",
+        )
+
+    def _ended(self, close):
+        socket, self.socket = self.socket, None
+        socket.close()
+        if close and 4400 <= close.code < 4500 and close.code not in self.PASSING:
+            sentence = self.sentence or one_line(close.reason) or f"Closed with {close.code}."
+            raise Problem(sentence, self.REFUSALS.get(close.code, "refused"))
+
+    def close(self):
+        if socket := self.socket:
+            socket.close()
+
+
+class Size(NamedTuple):
+    """Of a session's terminal, and who has set it."""
+
+    cols: int
+    rows: int
+    owner: str
+    yours: bool
+
+
+class Attachment:
+    """A session in this terminal: a thread paints what the hub sends, this one reads the keys."""
+
+    def __init__(self, app, session, read_only=False, no_resize=False):
+        self.app, self.session = app, session
+        self.window, self.wire = Window(), TerminalWire(app.hub, session["id"])
+        self.read_only = read_only or self.window.input is None
+        self.resizes = not (self.read_only or no_resize)
+        self.state, self.size, self.history = session, None, None  # as the hub says
+        self.prefixed, self.typed, self.notice_ends = False, False, None
+        self.outcome, self.exit_code, self.problem = None, None, None
+        self.over, self.pause = threading.Event(), RECONNECT_S
+        self.waker, self.alarm = os.pipe()
+        os.set_blocking(self.alarm, False)
+        self.takes = {
+            "state": self._take_state,
+            "size": self._take_size,
+            "output": self._take_output,
+            "scrollback": self._take_scrollback,
+            "error": self._take_error,
+            "closed": self._take_closed,
+        }
+
+    @property
+    def name(self):
+        return one_line(self.session.get("name") or self.session["id"])
+
+    def run(self):
+        """Until the session or the person ends it. Raises Problem."""
+        try:
+            self.wire.connect()
+            while not (self.size or self.outcome):
+                self._take(self.wire.next(*self.takes))
+            self._last_words() if self._is_over() else self._share()
+        except KeyboardInterrupt:
+            if self.window.input is not None:  # where it is a key like any other
+                raise
+            self._end("detached")
+        finally:
+            self.over.set()
+            self.wire.close()
+        if self.problem:
+            raise self.problem
+        self._farewell()
+
+    def _is_over(self):
+        return self.state.get("status") in ("closed", "failed")
+
+    def _last_words(self):
+        """Of a session that is over there is only its last output to show."""
+        while not self.outcome:
+            self._take(self.wire.next("output", "closed"))
+
+    def _share(self):
+        greeting = " ".join(filter(None, (self._greeting(), self._too_small(), self._absent())))
+        self.app.say(greeting)
+        with self._signals(), self.window:
+            self._fit()
+            if self.window.paints:
+                self._note(greeting)
+            threading.Thread(target=self._listen, daemon=True).start()
+            while not self.outcome:
+                self._step()
+
+    def _greeting(self):
+        where = one_line(self.state.get("server_name") or "its server")
+        if self.window.input is None:
+            return f"Watching {self.name} on {where}. Ctrl-C leaves."
+        role = "Watching" if self.read_only else "Attached to"
+        return f"{role} {self.name} on {where}. Ctrl-] d detaches, Ctrl-] ? tells more."
+
+    def _too_small(self):
+        """A sentence when the picture does not fit and stays so."""
+        cols, rows = own_size()
+        size = self.size
+        ours = size.yours or (self.resizes and not size.owner)
+        if ours or not self.window.paints or (size.cols <= cols and size.rows <= rows):
+            return ""
+        remedy = "" if self.read_only else " Ctrl-] t takes the size."
+        owner = f", set by {size.owner}" if size.owner else ""
+        return (
+            f"{self.name} is {size.cols}×{size.rows}{owner}; this terminal of {cols}×{rows} shows "
+            f"a part of it.{remedy}"
+        )
+
+    def _taken(self):
+        size = f"{self.size.cols}×{self.size.rows}"
+        return f"{self.size.owner} has set {self.name} to {size}. Ctrl-] t takes the size back."
+
+    def _absent(self):
+        """A sentence when the session goes on where the hub cannot reach it."""
+        is_there = self.state.get("status") not in ("disconnected", "lost")
+        if is_there and self.state.get("server_online", True):
+            return ""
+        server = one_line(self.state.get("server_name") or "Its server")
+        return f"{server} is away: nothing can be typed until it is back."
+
+    def _farewell(self):
+        code = "" if self.exit_code is None else f", exit code {self.exit_code}"
+        if self.outcome == "closed":
+            logs = f"orchestratia session logs {self.name}"
+            self.app.say(f"Session {self.name} has ended{code}. All it printed: {logs}")
+        else:
+            self.app.say(f"Detached from {self.name}; it goes on.")
+        self.app.show(
+            {
+                "session_id": self.session["id"],
+                "outcome": self.outcome,
+                "exit_code": self.exit_code,
+            }
+        )
+
+    @contextmanager
+    def _signals(self):
+        """However the program is ended, the terminal is put back; a new size is passed on."""
+
+        def leave(number, frame):
+            raise SystemExit(128 + number)
+
+        handlers = {signal.SIGTERM: leave, signal.SIGHUP: leave}
+        handlers[signal.SIGWINCH] = lambda number, frame: self._wake(b"w")
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _wake(self, why=b"."):
+        with suppress(BlockingIOError):
+            os.write(self.alarm, why)
+
+    def _end(self, outcome, problem=None):
+        """The first reason to end is the one that counts."""
+        if not self.outcome:
+            self.outcome, self.problem = outcome, problem
+            self._wake()
+
+    def _note(self, text, bell=False):
+        if not self.window.paints:
+            return self.app.say(text)
+        self.window.tell(text, bell)
+        self.notice_ends = time.monotonic() + NOTICE_S
+        self._wake()
+
+    # What the person does.
+
+    def _step(self):
+        """Waits for a key, a frame that concerns us, a new size, or the end of a notice."""
+        inputs = [self.waker] if self.window.input is None else [self.waker, self.window.input]
+        ready, _, _ = select.select(inputs, [], [], time_left(self.notice_ends))
+        if self.waker in ready and b"w" in os.read(self.waker, 4096):
+            self._fit()
+            if not self.size.yours:  # else the session redraws itself
+                self._repaint()
+        if self.window.input in ready:
+            self._read_keys()
+        if self.history is not None:
+            self._show_history()
+        if time_left(self.notice_ends) == 0:
+            self.notice_ends = None
+            if self.wire.socket:  # else the notice is that it is away, and stays
+                self.window.notice = ""
+                self._repaint()
+
+    def _read_keys(self):
+        data = self.window.keys()
+        if not data:
+            self._end("detached")
+        while data and not self.outcome:
+            if self.prefixed:
+                self.prefixed, key, data = False, data[:1], data[1:]
+                self._command(key)
+            else:
+                typed, prefix, data = data.partition(PREFIX)
+                self.prefixed = bool(prefix)
+                self._type(typed)
+
+    def _type(self, data):
+        if not data:
+            return
+        if self.read_only:
+            if b"\x03" in data:
+                return self._end("detached")
+            refusal = "You only watch here. Ctrl-] d detaches."
+        elif self.wire.send("input", data=base64.b64encode(data).decode()):
+            self.typed = True
+            return
+        else:
+            refusal = f"Not typed: {AWAY}"
+        if not UNTYPED.fullmatch(data):
+            self._note(refusal, bell=True)
+
+    def _command(self, key):
+        if key == b"d":
+            self._end("detached")
+        elif key == PREFIX:
+            self._type(PREFIX)
+        elif key == b"t" and not self.read_only:
+            self.resizes = True
+            cols, rows = own_size()
+            self._ask("take_size", cols=cols, rows=rows)
+        elif key == b"s":
+            self._ask("scrollback")
+        else:
+            self._note(KEYS)
+
+    def _ask(self, kind, **fields):
+        if not self.wire.send(kind, **fields):
+            self._note(f"Not done: {AWAY}", bell=True)
+
+    def _fit(self):
+        """Gives the session the size of this terminal, if it is for us to give."""
+        cols, rows = own_size()
+        self.window.fit(self.size.cols, self.size.rows)
+        if self.resizes:
+            self.wire.send("resize", cols=cols, rows=rows)
+
+    def _repaint(self):
+        if self.window.paints:
+            self.wire.send("resume", offset=None)
+
+    def _show_history(self):
+        """Leaves the scrollback in the terminal's own, where it can be scrolled and copied."""
+        lines, self.history = self.history, None
+        lines.append(f"── scrollback of {self.name}; any key goes back ──")
+        with self.window.lock:
+            self.window.write(SHUT + "".join(f"{clean(line)}\r\n" for line in lines).encode())
+            if not self.window.keys():
+                self._end("detached")
+            self.window.write(OPEN)
+        self._repaint()
+
+    # What the hub says.
+
+    def _listen(self):
+        """Paints until the end, over as many connections as it takes."""
+        try:
+            while not self.outcome:
+                frame = self.wire.receive()
+                if frame is not None:
+                    self._take(frame)
+                elif not self.outcome:
+                    self._come_back()
+        except BrokenPipeError:  # whoever read our output has seen enough
+            self._end("detached")
+        except Exception as error:  # handed to the thread that shows it
+            self._end("failed", error)
+
+    def _come_back(self):
+        self._note(AWAY.capitalize())
+        while not self.over.wait(self.pause * random.uniform(0.5, 1)):
+            self.pause = min(self.pause * 1.5, 5)
+            with suppress(Unreachable):
+                self.wire.connect()
+                self._fit()
+                return self._note("Connected again.")
+
+    def _take(self, frame):
+        with suppress(KeyError, TypeError, ValueError):  # what is not as agreed changes nothing
+            self.takes[frame["type"]](frame)
+            self.pause = RECONNECT_S
+
+    def _take_state(self, frame):
+        was_absent, self.state = self._absent(), frame
+        if frame.get("may_type") is False:
+            self.read_only, self.resizes = True, False
+        if self.window.entered and was_absent != self._absent():
+            self._note(self._absent() or f"{one_line(frame.get('server_name') or '')} is back.")
+            self._fit()
+
+    def _take_size(self, frame):
+        before, owner = self.size, one_line(frame.get("owner") or "")
+        yours = frame.get("yours") is True
+        self.size = Size(int(frame["cols"]), int(frame["rows"]), owner, yours)
+        if not self.window.entered or self.size == before:
+            return
+        self.window.fit(self.size.cols, self.size.rows)
+        if not (yours or owner):
+            self._fit()  # whoever held it has left
+        if lost := self._too_small() or (before.yours and owner and self._taken()):
+            self._note(lost)
+
+    def _take_output(self, frame):
+        data, offset = base64.b64decode(frame["data"], validate=True), int(frame["offset"])
+        fresh, known = frame.get("repaint") is True, self.wire.offset
+        if not fresh and known is not None and offset < known:
+            data, offset = data[known - offset :], known
+        elif not fresh and known is not None and offset > known:
+            self._repaint()
+        self.wire.offset = offset + len(data)
+        if self.window.entered:
+            self.window.paint(data, fresh)
+        elif self._is_over() and not self.app.as_json:
+            lines = [Log._readable(line) for line in data.decode("utf-8", "replace").split("\n")]
+            click.echo("\n".join(lines[-own_size()[1] :] if self.window.paints else lines))
+        if frame.get("skipped"):
+            self._note(f"{int(frame['skipped']):,} bytes went by unseen: too fast for this line.")
+
+    def _take_scrollback(self, frame):
+        self.history = list(frame["lines"])
+        self._wake()
+
+    def _take_error(self, frame):
+        # A size that a session out of reach did not get is given to it when it is back.
+        if self.window.entered and (self.typed or frame.get("code") != "offline"):
+            self.typed = False
+            self._note(one_line(frame.get("detail") or "The hub refused that."), bell=True)
+
+    def _take_closed(self, frame):
+        code = frame.get("exit_code")
+        self.exit_code = code if isinstance(code, int) else None
+        self._end("closed")
 
 
 # --- tasks ------------------------------------------------------------------------------------

@@ -505,6 +505,19 @@ REQUESTS = [
     ("contract list --id 4f2a", "GET", "tasks/4f2a/contracts", None),
     ("session send w hello", "POST", "sessions/w/input", {"text": "hello"}),
     ("session send w -- -x", "POST", "sessions/w/input", {"text": "-x"}),
+    ("session input w a;", "POST", "sessions/w/input", {"data": "YTs="}),
+    (
+        "session start dev --name w --dir /srv -- sh -c x",
+        "POST",
+        "sessions",
+        {"server_id": "dev", "name": "w", "working_dir": "/srv", "command": ["sh", "-c", "x"]},
+    ),
+    (
+        "session start dev --profile claude",
+        "POST",
+        "sessions",
+        {"server_id": "dev", "profile": "claude"},
+    ),
     ("session close w --force", "POST", "sessions/w/close", {"force": True}),
     ("session show %C3%BC?&", "GET", "sessions/%25C3%25BC%3F%26", None),
     ("server show dev", "GET", "servers/dev", None),
@@ -538,6 +551,47 @@ def test_each_command_sends_its_request_and_prints_the_answer_as_json(
 def test_json_is_taken_at_every_place(hub, run, args):
     hub.on("GET", "tasks", {"tasks": [], "next_cursor": None})
     assert json.loads(run(*args).stdout) == {"tasks": [], "next_cursor": None}
+
+
+def test_raw_keystrokes_come_from_standard_input_too(hub, run):
+    hub.on("POST", "sessions/w/input", {"ok": True})
+    assert run("session", "input", "w", "-", stdin=b"\x03\xff").exit_code == 0
+    assert hub.requests[0]["body"] == {"data": "A/8="}
+
+
+def test_a_recording_is_saved_whole_or_not_at_all(hub, run, tmp_path):
+    cast = b'{"version": 2}\n[0.1, "o", "\xc3\xbc"]\n' * 10_000
+    hub.on("GET", "sessions/w/recording", cast)
+    assert run("session", "recording", "w").stdout_bytes == cast
+    saved = run("session", "recording", "w", "-o", "w.cast")
+    assert saved.stdout == f"Saved w.cast, {len(cast):,} bytes.\n"
+    assert (tmp_path / "w.cast").read_bytes() == cast
+
+    def torn(request, handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        handler.wfile.write(b"half")
+        handler.close_connection = True
+
+    hub.on("GET", "sessions/w/recording", torn)
+    result = run("session", "recording", "w", "-o", "w.cast", "--json")
+    assert result.exit_code == 3 and json.loads(result.stdout)["code"] == "unreachable"
+    assert (tmp_path / "w.cast").read_bytes() == cast
+    assert [path.name for path in tmp_path.glob("*.part")] == []
+    result = run("session", "recording", "w", "-o", "no/where.cast")
+    assert result.exit_code == 1 and "Cannot write no/where.cast" in result.stderr
+
+
+def test_what_live_sessions_need_is_said_when_it_is_missing(hub, run, monkeypatch):
+    hub.on("GET", "sessions/w", {"id": "s1"})
+    monkeypatch.setattr(cli, "termios", None)
+    result = run("session", "attach", "w")
+    assert result.exit_code == 1 and "Linux, macOS or WSL" in result.stderr
+    cli.websockets.cache_clear()
+    monkeypatch.setitem(sys.modules, "websockets.sync.client", None)
+    result = run("session", "scrollback", "w")
+    assert result.exit_code == 1 and "pip install websockets" in result.stderr
 
 
 def test_queries_are_escaped(hub, run):
@@ -786,11 +840,54 @@ def test_session_logs_are_read_to_the_end_and_cleaned(hub, run):
 
     hub.on("GET", "sessions/w", {"id": "s1", "status": "closed", "log_start": 0})
     hub.on("GET", "sessions/s1/output", output)
+    hub.on("GET", "sessions/s1/marks", {"marks": []})
     assert run("session", "logs", "w").stdout == "building\n100%\ndone ✓\nlast\n"
     assert run("session", "logs", "w", "--raw").stdout_bytes == log
     assert run("session", "logs", "w", "--follow").stdout.endswith("last\n")
     found = json.loads(run("session", "logs", "w", "--json").stdout)
     assert (found["output"], found["next_offset"]) == (log.decode(), len(log))
+
+
+def test_what_is_missing_from_a_log_is_said_where_it_is(hub, run):
+    stored = {1000: b"one\ntw", 3_000_000: b"three\nfour\n"}
+    marks = [
+        {"kind": "removed", "from": 0, "to": 1000, "why": "limit of 64 MB per session"},
+        {"kind": "gap", "from": 1006, "to": 3_000_000, "why": "hub away\x1b[2J"},
+        {"kind": "gap", "from": 3_000_006, "to": None, "why": "pipe down"},
+        {"kind": "gap", "from": 3_000_011, "to": 3_000_021, "why": "at the end"},
+    ]
+
+    def output(request, handler):
+        asked = int(request["query"]["offset"])
+        for offset, data in stored.items():
+            if asked < offset + len(data):
+                begins = max(asked, offset)
+                data = data[begins - offset :]
+                return (
+                    200,
+                    data,
+                    {"X-Offset": str(begins), "X-Next-Offset": str(begins + len(data))},
+                )
+        return 200, b"", {"X-Offset": "3000021", "X-Next-Offset": "3000021"}
+
+    hub.on("GET", "sessions/w", {"id": "s1", "status": "closed", "log_start": 1000})
+    hub.on("GET", "sessions/s1/output", output)
+    hub.on("GET", "sessions/s1/marks", {"marks": marks})
+    assert run("session", "logs", "w").stdout.splitlines() == [
+        "… 1.0 kB removed: limit of 64 MB per session …",
+        "one",
+        "tw",
+        "… 3.0 MB missing: hub away …",
+        "three",
+        "… output missing: pipe down …",
+        "four",
+        "… 10 bytes missing: at the end …",
+    ]
+    raw = run("session", "logs", "w", "--raw")
+    assert raw.stdout_bytes == b"".join(stored.values())
+    assert raw.stderr.count("missing") == 3
+    found = json.loads(run("session", "logs", "w", "--json").stdout)
+    assert (found["output"], found["marks"]) == ("one\ntwthree\nfour\n", marks)
 
 
 # --- trees ------------------------------------------------------------------------------------
