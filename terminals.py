@@ -6,6 +6,7 @@ one who was away for a moment goes on where they were, one who is new or too slo
 repaint. Nothing here is the record of a session; that is its log.
 """
 
+import logging
 import secrets
 import threading
 import time
@@ -17,7 +18,9 @@ import auth
 import cascade
 import sessions
 from auth import Caller, require
-from models import Refused, Unauthorised, bus, dumps, one
+from models import Conflict, Refused, Unauthorised, bus, dumps, one
+
+log = logging.getLogger("orchestratia.terminals")
 
 RING_BYTES = 512 * 1024  # of a session's redraws: several screens, or seconds of a flood
 REPAINT_AGAIN_S = 3.0  # a repaint that does not come is asked for again after this
@@ -114,6 +117,21 @@ class Stream:
             wanted = bool(self.watchers)
         if wanted:
             self.ask()
+
+    def alive(self) -> None:
+        """The session has begun, or is back: what could not be asked of it before is asked now."""
+        with self.lock:
+            waits = self._painted is None and any(w.next is None for w in self.watchers)
+            owner = self.owner
+        if waits:
+            self.ask()
+        if owner:
+            owner.apply_size()
+
+    def resized(self) -> None:
+        """Pictures of the old size are no beginning for anybody."""
+        with self.lock:
+            self._painted = None
 
     def ask(self, on: bool = True) -> None:
         """Ask the agent for a repaint, or to stop sending."""
@@ -325,7 +343,8 @@ class Watcher:
         Raises Unauthorised or Forbidden when the right to watch is gone.
         """
         self._check_rights()
-        handler = ACTS.get(frame.get("type"))
+        kind = frame.get("type")
+        handler = ACTS.get(kind) if isinstance(kind, str) else None
         if handler is None:
             return
         try:
@@ -333,7 +352,7 @@ class Watcher:
         except Refused as refused:
             self.note({"type": "error", "detail": str(refused), "code": refused.code})
         except (KeyError, TypeError, ValueError, OverflowError) as broken:
-            detail = f"The {frame['type']} message is malformed: {broken!r}."
+            detail = f"The {kind} message is malformed: {broken!r}."
             self.note({"type": "error", "detail": detail, "code": "invalid"})
 
     def _resume(self, frame: dict) -> None:
@@ -350,18 +369,24 @@ class Watcher:
         self.size = _size_of(frame)
         require(self.caller, "session.type", self.project_id, "session")
         if streams.own(self, take=False):
-            self._apply()
+            self.apply_size()
 
     def _take_size(self, frame: dict) -> None:
         require(self.caller, "session.type", self.project_id, "session")
         if "cols" in frame:
             self.size = _size_of(frame)
         streams.own(self, take=True)
-        if self.size:
-            self._apply()
+        self.apply_size()
 
-    def _apply(self) -> None:
-        sessions.resize(self.caller, self.session_id, *self.size)
+    def apply_size(self) -> None:
+        """Give the session the size of this watcher's window; later, when it is away now."""
+        if self.size:
+            try:
+                sessions.resize(self.caller, self.session_id, *self.size)
+            except Conflict as away:
+                log.debug("not resized yet: %s", away)
+            else:
+                self.stream.resized()
 
     def _scrollback(self, _frame: dict) -> None:
         streams.want_scrollback(self)
@@ -434,6 +459,8 @@ class Streams:
         if isinstance(event, dict):
             for stream in self._touched(event):
                 stream.put("look")
+                if event["type"] == "session_active":
+                    stream.alive()
         return True
 
     def _touched(self, event: dict) -> list[Stream]:
