@@ -1,28 +1,30 @@
 """The agent: the daemon on a development server.
 
 It keeps sessions (terminals in tmux) alive, runs workers in them and talks to the hub by
-protocol 2, here over the long poll. One file that imports nothing of ours.
+protocol 2, over a WebSocket or, where a proxy breaks that, the long poll. One file that imports
+nothing of ours.
 
     python agent.py --register TOKEN      once
     python agent.py                       from then on
 
-Threads, each with one `step()`: heartbeat, the two lanes of the poll, commands, keystrokes,
-monitor, log, screens. What must not be lost goes through `Store` (on disk before it is sent or
-acknowledged); `Outgoing` is all that waits to be sent. A carrier needs only `Agent.opening()`,
-`Agent.received(frames)` and `Outgoing.take()`, so another one can stand beside the poll.
+Threads, each with one `step()`: heartbeat, the line to the hub, commands, terminals, monitor,
+log, screens. What must not be lost goes through `Store` (on disk before it is sent or
+acknowledged); `Outgoing` is all that waits to be sent. A carrier needs only `Agent.auth()`,
+`Agent.sync()`, `Agent.received(frames)` and `Outgoing.take()`; `Choice` says which one it is.
 
 Errors:  AgentError (exit 1)
          +- TmuxError
          +- HubError            the hub answered with an error
             +- HubUnreachable   it did not answer, or not sensibly (exit 3)
 
-`requests` and `yaml` are imported where they are used: this file is also the first program of
-every session (`--exec-session`), which should start fast and without site-packages.
+`requests`, `yaml` and `websockets` are imported where they are used: this file is also the first
+program of every session (`--exec-session`), which should start fast and without site-packages.
 """
 
 import argparse
 import base64
 import binascii
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -38,14 +40,17 @@ import pwd
 import queue
 import random
 import re
+import selectors
 import shlex
 import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import types
@@ -58,6 +63,11 @@ VERSION = "0.1.0"
 PROTOCOL = 2
 
 SETTINGS = (  # name, default, help; a key of the same name in the config file overrides
+    ("carrier", "auto", "what carries the frames: socket, poll, or auto: the socket if it can"),
+    ("terminal", "auto", "what keeps sessions: tmux, pty (they end with the agent), or auto"),
+    ("socket_open_s", 10, "longest wait for the socket to open, and then for the hub's greeting"),
+    ("socket_ping_s", 15, "how often the socket is tested, and the longest wait for the answer"),
+    ("socket_retry_s", 300, "how often a polling agent tries the socket again"),
     ("poll_wait_s", 25, "how long the hub may hold an empty poll before it answers"),
     ("backoff_max_s", 30, "longest pause before a failed call is repeated"),
     ("refused_max_s", 60, "longest pause after the hub refused the server's key"),
@@ -66,10 +76,13 @@ SETTINGS = (  # name, default, help; a key of the same name in the config file o
     ("monitor_s", 0.2, "how often sessions are looked at"),
     ("log_look_s", 0.05, "how often session logs are looked at for new bytes"),
     ("log_pause_s", 0.1, "least time between two blocks of a log that is being flooded"),
+    ("log_keep_mb", 64, "most output of one session kept for a hub that is away, in megabytes"),
     ("screen_s", 5, "how often a changed screen is sent"),
     ("close_grace_s", 3, "time a program has to end by itself when its session is closed"),
     ("typing_limit_s", 2, "longest wait for typed text to appear before it is submitted"),
 )
+
+CHOICES = {"carrier": ("auto", "socket", "poll"), "terminal": ("auto", "tmux", "pty")}
 
 KB = 1024
 BLOCK_BYTES = 64 * KB  # protocol/v2: a block of a log is at most 64 KB
@@ -81,8 +94,22 @@ RESULT_BYTES = 4 * KB * KB  # as JSON, so that one report stays far below what a
 SPOOL_BYTES = 8 * KB * KB  # spooled frames in one call, at least one
 HISTORY_LINES = 50_000
 INPUT_CHUNK = 1 * KB  # bytes of raw input per tmux call; each takes three of its argument space
+TIMES_BYTES = 128 * KB  # of one session's notes of when it printed what
+TIMES_S = 0.1  # between two looks at how much a session has printed; longer while it is silent
+TIMES_IDLE_S = 1
+KEPT_BYTES = KB * KB  # of output that the hub has, for the end of a log to be read here
+RELEASE_BYTES = KB * KB  # at least, given back to the disk at a time
+RELEASE_S = 1  # between two looks at what may be given back
+KEEP_LEAST_BYTES = 256 * KB  # whatever `log_keep_mb` says
 MEND_PAUSE_S = 5  # a pipe that dies at once (disk full) is not mended at every look
 ERROR_LINES = 20
+LIVE_BYTES = 256 * KB  # of one live view, waiting to be sent; then its terminal is not read
+LIVE_PAUSE_S = 0.015  # between two sendings of a live view that is being flooded
+BURST_BYTES = 1 * KB  # of it, after a pause, that are sent at once
+UNTYPED_BYTES = 8 * KB * KB  # typed and not yet read by the program
+SETTLE_S = 5  # longest wait for what was typed to be taken by the terminal
+SCROLLBACK_BYTES = 8 * KB * KB
+LANE_IDLE_S = 30
 NO_SCREEN = (0, None, -math.inf)  # size of the log, lines, time
 
 log = logging.getLogger("agent")
@@ -154,8 +181,13 @@ def typeable(text):
     return text
 
 
+def iso_of(at):
+    text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
 def now_iso():
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return iso_of(time.time())
 
 
 # ---------------------------------------------------------------------------- files and config
@@ -220,11 +252,16 @@ def save_config(path, config):
 
 
 def settings_of(config):
-    """The settings, in seconds, with what the config file says instead of the defaults."""
+    """The settings, with what the config file says instead of the defaults."""
     settings = {name: config.get(name, default) for name, default, _ in SETTINGS}
+    for name, words in CHOICES.items():
+        if settings[name] not in words:
+            raise AgentError(f"The setting {name} in the config file is none of {words}.")
     for name, value in settings.items():
+        if name in CHOICES:
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise AgentError(f"The setting {name} in the config file is not a number of seconds.")
+            raise AgentError(f"The setting {name} in the config file is not a number from 0 on.")
     return types.SimpleNamespace(**settings)
 
 
@@ -414,20 +451,22 @@ class Hub:
 
 
 class Backoff:
-    """Pauses 1, 2, 4 … up to `most` seconds, each shortened by chance so that agents that
-    lost the hub together do not come back together."""
+    """Pauses 1, 2, 4 … (or another `growth`) up to `most` seconds, each shortened by chance, to
+    `least` of it, so that agents that lost the hub together do not come back together."""
 
-    def __init__(self, most):
+    def __init__(self, most, least=0.5, growth=2):
         self.most = most
+        self.least = least
+        self.growth = growth
         self.reset()
 
     def reset(self):
         self.failures = 0
 
     def pause(self):
-        longest = min(2**self.failures, self.most)
-        self.failures = min(self.failures + 1, 10)
-        return longest * random.uniform(0.5, 1)
+        longest = min(self.growth**self.failures, self.most)
+        self.failures = min(self.failures + 1, 20)
+        return longest * random.uniform(self.least, 1)
 
 
 # ---------------------------------------------------------------------------- store
@@ -449,9 +488,11 @@ class Session:
     working_directory: str = ""
     pane_id: str = ""
     pid: int | None = None
+    terminal: str = "tmux"
     closing: bool = False
     cancelled: bool = False
     exit_code: int | None = None
+    log_start: int = 0  # what is before it was given back to the disk
     log_end: int | None = None
     closed_spool: int | None = None
 
@@ -531,6 +572,12 @@ class Store:
         fitting = sum(size <= SPOOL_BYTES for size in sizes)
         return [{**json.loads(frame), "spool": n} for n, frame in rows[: max(1, fitting)]]
 
+    def declares_gap(self, session_id, offset):
+        """Whether a frame that waits says that the log's output at `offset` is missing."""
+        rows = self._rows("SELECT frame FROM spool WHERE frame LIKE '%\"session_gap\"%'")
+        gaps = [frame for frame in (json.loads(text) for (text,) in rows) if frame.get("to")]
+        return any(g["session_id"] == session_id and g["from"] <= offset < g["to"] for g in gaps)
+
     def spool_first(self):
         """The lowest number still held, or the next one if all are acknowledged."""
         held = self._rows("SELECT min(n) FROM spool")[0][0]
@@ -604,6 +651,401 @@ class Store:
             db.execute("DELETE FROM session WHERE id = ?", (session_id,))
 
 
+# ---------------------------------------------------------------------------- live output
+
+
+# Sequences by which a program asks its terminal something. Nobody may answer them: several
+# terminals may look on, and what they say late would be typed into the program.
+_CSI = rb"(?:\x1b\[|\xc2\x9b)"
+_TEXT = rb"[^\x07\x18\x1a\x1b]*"
+_END = rb"(?:\x07|\x1b\\|(?=[\x18\x1a]|\x1b[^\\]))"
+_SETTINGS = rb"\x1b\](?:4|5|1[0-9]|50|60|61|105)"  # whose value may be asked for
+_UNWANTED = rb"\x1b(?:\]52;|P[0-9;]*(?:\$q|\+[qQ]))"  # the clipboard; questions for settings
+QUESTIONS = re.compile(
+    rb"\x05|\x1bZ|\xc2\x9a"
+    rb"|" + _CSI + rb"(?:[>=]?[0-9;]*c|>[0-9;]*q|\??[0-9;]*n|\??[0-9;]*\$p|[01]?x"
+    rb"|(?:11|13|14|15|16|18|19|20|21)(?:;[0-9]*)*t"
+    rb"|\?[0-9;]*[muS]|[0-9;]*(?:\*y|\$[uw]|&u|\"v))"
+    rb"|" + _SETTINGS + rb"[^\x07\x18\x1a\x1b?]*;\?" + _TEXT + _END + rb"|"
+    rb"" + _UNWANTED + _TEXT + _END
+)
+# What may become one of them with the next bytes. No terminal acts on half a sequence, so
+# holding it back delays nothing; the content of an unwanted one need not be held.
+UNFINISHED = re.compile(
+    rb"(?:[\x1b\xc2]"
+    rb"|" + _CSI + rb"[0-?]{0,64}[ -/]{0,4}"
+    rb"|\x1b\][0-9]{0,3}"
+    rb"|" + _SETTINGS + rb";[^\x07\x18\x1a\x1b]{0,1024}\x1b?"
+    rb"|\x1bP[0-9;]{0,16}[$+]?"
+    rb"|(?P<unwanted>" + _UNWANTED + rb")" + _TEXT + rb"(?P<end>\x1b?)"
+    rb")\Z"
+)
+# What terminals answer, in case one was asked by somebody else. F3 with Shift, Alt or Ctrl
+# looks like a cursor in the first line.
+ANSWERS = re.compile(
+    rb"\x1b\[(?:[?>=][0-9;]*c|\??[0-9;]*n|\?[0-9;]*R|(?!1;[2-8]R)[0-9]+;[0-9]+R|\??[0-9;]+\$y"
+    rb"|[0-9;]+t|\?[0-9;]*[uS])"
+    rb"|\x1b\](?:4;[0-9]+|5;[0-9]+|1[0-9]|52;\w*);[^\x07\x1b]*(?:\x07|\x1b\\)"
+    rb"|\x1bP(?:[01]?[$+]r|[>!]\|)[^\x07\x1b]*(?:\x07|\x1b\\)"
+)
+
+
+class Unasking:
+    """Takes the questions out of a stream of terminal output, wherever it was cut."""
+
+    ROUNDS = 8  # one that is taken out may leave another; who nests more does it on purpose
+
+    def __init__(self):
+        self._held = b""
+
+    def __call__(self, data):
+        data = self._held + data
+        for _ in range(self.ROUNDS):
+            data, found = QUESTIONS.subn(b"", data)
+            if not found:
+                break
+        rest = UNFINISHED.search(data)
+        if rest is None:
+            self._held = b""
+            return data
+        self._held = (rest["unwanted"] or b"") + rest["end"] if rest["unwanted"] else rest[0]
+        return data[: rest.start()]
+
+
+class Stream:
+    """One live view: what its terminal has drawn and no carrier has taken yet."""
+
+    def __init__(self, session_id):
+        self.session_id = session_id
+        self.data = bytearray()
+        self.repaint = True  # until its first bytes are taken
+        self.closed = False
+        self.burst = 0  # bytes since
+        self.since = -math.inf
+
+
+class Live:
+    """The live views that wait to be sent. A carrier takes; whoever draws asks `full` first,
+    so that nothing has to be dropped from the middle of a view and memory stays bounded."""
+
+    def __init__(self, wake):
+        self.wake = wake
+        self.freed = lambda: None  # called when a full view has been taken
+        self._lock = threading.Lock()
+        self._streams = {}  # session id: its Stream
+
+    def open(self, session_id):
+        """Begin a view with a repaint; what is left of an older one is of no use any more."""
+        stream = Stream(session_id)
+        with self._lock:
+            self._streams[session_id] = stream
+        return stream
+
+    def close(self, stream):
+        """Nothing is added any more; what is there is still sent."""
+        with self._lock:
+            stream.closed = True
+            if not stream.data and self._streams.get(stream.session_id) is stream:
+                del self._streams[stream.session_id]
+
+    def clear(self):
+        """The connection is new: nobody looks, until the hub says so. The ids of the sessions
+        whose views are now drawn for nobody."""
+        with self._lock:
+            drawn = list(self._streams)
+            self._streams.clear()
+        self.freed()
+        return drawn
+
+    def full(self, stream):
+        with self._lock:
+            return len(stream.data) >= LIVE_BYTES and self._is_shown(stream)
+
+    def _is_shown(self, stream):
+        return self._streams.get(stream.session_id) is stream
+
+    def put(self, stream, data, now):
+        """Add to a view. The first bytes after a pause wake the carrier at once; of a flood it
+        is told together: returns when, or None."""
+        with self._lock:
+            if not data or not self._is_shown(stream):
+                return None
+            stream.data += data
+            if now - stream.since > LIVE_PAUSE_S:
+                stream.since, stream.burst = now, 0
+            stream.burst += len(data)
+            if stream.burst > BURST_BYTES and len(stream.data) < BLOCK_BYTES:
+                return stream.since + LIVE_PAUSE_S
+        self.wake.set()
+
+    def take(self):
+        """The frames to send now."""
+        frames, freed = [], False
+        with self._lock:
+            for stream in list(self._streams.values()):
+                freed = freed or len(stream.data) >= LIVE_BYTES
+                frames += self._frames(stream)
+                if stream.closed:
+                    del self._streams[stream.session_id]
+        if freed:
+            self.freed()
+        return frames
+
+    @staticmethod
+    def _frames(stream):
+        data, stream.data = stream.data, bytearray()
+        frames = [
+            {
+                "type": "session_output",
+                "session_id": stream.session_id,
+                "data": base64.b64encode(data[start : start + BLOCK_BYTES]).decode(),
+            }
+            for start in range(0, len(data), BLOCK_BYTES)
+        ]
+        if frames and stream.repaint:
+            frames[0]["repaint"] = True
+            stream.repaint = False
+        return frames
+
+
+# ---------------------------------------------------------------------------- pseudo-terminals
+
+
+class Pty:
+    """Our side of a pseudo-terminal. Written by any thread, read and closed by that of `Ptys`,
+    which asks `wanted` whether to read, and tells what was `received`, that it `ended`, and
+    that a carrier has `freed` room."""
+
+    def __init__(self, ptys, fd, cols, rows):
+        self.ptys = ptys
+        self.fd = fd  # None: closed
+        self.size = None
+        self._unwritten = bytearray()
+        self._changed = threading.Condition()
+        os.set_blocking(fd, False)
+        self.resize(cols, rows)
+
+    def wanted(self):
+        return True
+
+    def received(self, data):
+        raise NotImplementedError
+
+    def ended(self):
+        raise NotImplementedError
+
+    def freed(self):
+        pass
+
+    def resize(self, cols, rows):
+        with self._changed:
+            if self.fd is not None and self.size != (cols, rows):
+                size = struct.pack("HHHH", rows, cols, 0, 0)
+                fcntl.ioctl(self.fd, termios.TIOCSWINSZ, size)
+                self.size = cols, rows
+
+    def write(self, data):
+        """Write all of it, in order, as the program takes it; never waits."""
+        with self._changed:
+            if self.fd is None:
+                raise AgentError("The session's terminal is gone.")
+            if len(self._unwritten) + len(data) > UNTYPED_BYTES:
+                raise AgentError("The program does not read what is typed: this was left out.")
+            self._unwritten += data
+            self.write_on()
+            rest = bool(self._unwritten)
+        if rest:
+            self.ptys.call(self.ptys.watch, self)
+
+    def write_on(self):
+        """Write what fits now."""
+        with self._changed:
+            try:
+                while self._unwritten and self.fd is not None:
+                    del self._unwritten[: os.write(self.fd, self._unwritten[: 16 * KB])]
+            except BlockingIOError:
+                return
+            except OSError:  # nobody has the other side open
+                self._unwritten.clear()
+            self._changed.notify_all()
+
+    def wait_written(self, limit_s):
+        """Return when everything has been written, or after the limit."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._unwritten, limit_s)
+
+    def events(self):
+        """What to wait for: a mask of selectors, 0 for nothing."""
+        if self.fd is None:
+            return 0
+        write = selectors.EVENT_WRITE if self._unwritten else 0
+        return write | (selectors.EVENT_READ if self.wanted() else 0)
+
+    def close(self):
+        """In the thread of `Ptys` only: elsewhere the number could by now mean another file."""
+        with self._changed:
+            if self.fd is not None:
+                os.close(self.fd)
+                self.fd = None
+            self._unwritten.clear()
+            self._changed.notify_all()
+
+
+class Ptys:
+    """Reads all pseudo-terminals and writes what did not fit at once, in one thread: a terminal
+    that floods takes its turn with the others, and what comes late (the rest of a paste, the end
+    of a pause, room for more) is waited for in one place."""
+
+    def __init__(self, live):
+        self.live = live
+        self.live.freed = lambda: self.call(self._freed)
+        self._selector = selectors.DefaultSelector()
+        self._all = set()
+        self._calls = collections.deque()
+        self._wake_at = math.inf
+        self._out, self._in = os.pipe()
+        for fd in (self._out, self._in):
+            os.set_blocking(fd, False)
+        self._selector.register(self._out, selectors.EVENT_READ)
+
+    def call(self, deed, *arguments):
+        """Have the thread do this soon, in the order it was asked for."""
+        self._calls.append((deed, arguments))
+        with contextlib.suppress(BlockingIOError):  # it has been woken often enough
+            os.write(self._in, b"\0")
+
+    def step(self):
+        """One turn: what can be read or written now, at most a second's wait for it."""
+        wait = min(1, max(0, self._wake_at - time.monotonic()))
+        for key, events in self._selector.select(wait):
+            if key.data is None:
+                os.read(self._out, 64 * KB)
+            else:
+                self._turn(key.data, events)
+        while self._calls:
+            deed, arguments = self._calls.popleft()
+            deed(*arguments)
+        if time.monotonic() >= self._wake_at:
+            self._wake_at = math.inf
+            self.live.wake.set()
+
+    def _turn(self, pty, events):
+        if pty.fd is None:
+            return
+        if events & selectors.EVENT_WRITE:
+            pty.write_on()
+        if events & selectors.EVENT_READ:
+            self._read(pty)
+        self.watch(pty)
+
+    def _read(self, pty):
+        try:
+            data = os.read(pty.fd, 64 * KB)
+        except BlockingIOError:
+            return
+        except OSError:  # EIO: nobody has the other side open
+            data = b""
+        if data:
+            pty.received(data)
+        else:
+            self.drop(pty)
+            pty.ended()
+
+    def show(self, stream, data):
+        """Add to a live view."""
+        due = self.live.put(stream, data, time.monotonic())
+        if due is not None:
+            self._wake_at = min(self._wake_at, due)
+
+    # -- in its thread only; others say `call`
+
+    def add(self, pty):
+        self._all.add(pty)
+        self.watch(pty)
+
+    def watch(self, pty):
+        """Wait for what the terminal wants now. What is not wanted is not even registered: a
+        terminal that has hung up would be told of again and again."""
+        events = pty.events()
+        key = self._selector.get_map().get(pty.fd) if pty.fd is not None else None
+        if key is None:
+            if events and pty in self._all:
+                self._selector.register(pty.fd, events, pty)
+        elif not events:
+            self._selector.unregister(pty.fd)
+        elif events != key.events:
+            self._selector.modify(pty.fd, events, pty)
+
+    def drop(self, pty):
+        """Stop waiting for a terminal and close our side."""
+        self._all.discard(pty)
+        if pty.fd is not None and pty.fd in self._selector.get_map():
+            self._selector.unregister(pty.fd)
+        pty.close()
+
+    def _freed(self):
+        for pty in list(self._all):
+            pty.freed()
+            self.watch(pty)
+
+
+class View(Pty):
+    """A tmux client of ours, attached in a pseudo-terminal: what it draws is the live view. It
+    is not read while the view is full; tmux then leaves out what nobody would see."""
+
+    def __init__(self, ptys, session_id, command, cols, rows):
+        fd, terminal = os.openpty()
+        super().__init__(ptys, fd, cols, rows)
+        try:
+            self._client = subprocess.Popen(
+                command,
+                stdin=terminal,
+                stdout=terminal,
+                stderr=terminal,
+                start_new_session=True,
+                env={**clean_environment(), "TERM": "xterm-256color"},
+            )
+        except OSError:
+            self.close()
+            raise
+        finally:
+            os.close(terminal)
+        self.stream = ptys.live.open(session_id)
+        self.session_id = session_id
+        self.cut = b""  # the beginning of a character whose end has not been typed yet
+        self.drawing = threading.Event()  # from then on the client takes what is typed
+        self._unasking = Unasking()
+        ptys.call(ptys.add, self)
+
+    def wanted(self):
+        return not self.ptys.live.full(self.stream)
+
+    def received(self, data):
+        self.drawing.set()
+        self.ptys.show(self.stream, self._unasking(data))
+
+    def ended(self):
+        self.drawing.set()
+        self._end_client()
+        self.ptys.live.close(self.stream)
+
+    def resize(self, cols, rows):
+        before = self.size
+        super().resize(cols, rows)
+        if before and before != self.size:
+            # Not its controlling terminal: the kernel does not tell the client by itself.
+            self._client.send_signal(signal.SIGWINCH)
+
+    def end(self):
+        self._end_client()
+        self.ptys.live.close(self.stream)
+        self.ptys.call(self.ptys.drop, self)
+
+    def _end_client(self):
+        self._client.kill()
+        self._client.wait()
+
+
 # ---------------------------------------------------------------------------- tmux
 
 
@@ -620,14 +1062,32 @@ class Pane:
 class Tmux:
     """tmux on a socket of the agent's own; every call is an argument list."""
 
+    kind = "tmux"
     PANE = (
         "#{session_name} #{pane_id} #{pane_dead} #{pane_pid} #{pane_pipe} #{pid}"
         " [#{pane_dead_status}] [#{pane_dead_signal}]"
     )
-    NO_SERVER = ("no server running on", "error connecting to")
+    NO_SERVER = ("no server running on", "error connecting to", "no current target")
+    # For a live view: every key is the program's, and what is drawn is the program's screen. Set
+    # when a view begins, so that older and adopted sessions have them too.
+    VIEWED = (
+        *("set-option", "-g", "prefix", "None", ";", "set-option", "-g", "prefix2", "None", ";"),
+        *("set-option", "-g", "key-table", "none", ";"),  # one without a key in it
+        # A character that tmux has read half of is lost after this time (see HALF_KEY).
+        *("set-option", "-s", "escape-time", "500", ";", "set-option", "-g", "status", "off", ";"),
+        *("set-option", "-s", "set-clipboard", "off", ";"),
+        *("set-option", "-g", "set-titles", "off", ";", "set-option", "-g", "mouse", "off", ";"),
+        *("set-option", "-g", "visual-bell", "off", ";"),
+        *("set-option", "-s", "terminal-overrides", "xterm-256color:Tc", ";"),  # all colours
+    )
 
-    def __init__(self, socket_name):
+    HALF_KEY = re.compile(rb"\x1b[][OP]?\Z")  # tmux would wait for the rest of it
+
+    def __init__(self, socket_name, ptys):
         self.command = ["tmux", "-u", "-L", socket_name, "-f", "/dev/null"]
+        self.ptys = ptys
+        self._views = {}  # session name: View
+        self._lock = threading.Lock()
 
     def run(self, *arguments, data=None):
         """tmux's output. Raises TmuxError."""
@@ -711,19 +1171,103 @@ class Tmux:
 
     def send(self, name, data):
         """Raw bytes, as hexadecimal numbers so that none is taken for the name of a key."""
+        view = self._views.get(name)
+        if view:
+            data, view.cut = view.cut + data, b""
         for start in range(0, len(data), INPUT_CHUNK):
             numbers = [f"{byte:02x}" for byte in data[start : start + INPUT_CHUNK]]
             self.run("send-keys", "-t", f"={name}:", "-H", *numbers)
 
     def resize(self, name, cols, rows):
+        """The window and its view; in between the view is the smaller one, since tmux fills up
+        a larger one with a border and dots."""
+        view = self._views.get(name)
+        if view:
+            view.resize(*map(min, view.size, (cols, rows)))
         self.run("resize-window", "-t", f"={name}:", "-x", str(cols), "-y", str(rows))
+        if view:
+            view.resize(cols, rows)
 
     def screen(self, name, *options):
         return self.run("capture-pane", "-p", *options, "-t", f"={name}:").rstrip("\n").split("\n")
 
+    def scrollback(self, name):
+        return self.screen(name, "-S", "-")
+
     def kill_session(self, name):
+        self._replace(name, None)  # first, so that the last picture stays
         with contextlib.suppress(TmuxError):  # it is gone, which is what we want
             self.run("kill-session", "-t", f"={name}")
+
+    # -- live views
+
+    def watch(self, name, session_id):
+        """Begin a live view, or begin it anew."""
+        view = self._views.get(name)
+        if view:
+            view.wait_written(SETTLE_S)  # and tmux will have read it when it has answered
+        cols, rows = self.run(
+            *self.VIEWED,
+            *("set-option", "-w", "-t", f"={name}:", "window-size", "manual", ";"),
+            *("display-message", "-p", "-t", f"={name}:", "#{window_width} #{window_height}"),
+        ).split()
+        attach = [*self.command, "attach-session", "-E", "-t", f"={name}"]
+        view = View(self.ptys, session_id, attach, int(cols), int(rows))
+        view.drawing.wait(SETTLE_S)
+        self._replace(name, view)
+
+    def unwatch(self, name):
+        """End the live view, if there is one."""
+        if name in self._views:
+            self.settle(name)
+            self._replace(name, None)
+
+    def watch_lost(self, name):
+        """Whether there should be a view, but its client has ended."""
+        view = self._views.get(name)
+        return view is not None and view.fd is None
+
+    def _replace(self, name, view):
+        with self._lock:
+            old = self._views.pop(name, None)
+            if view:
+                self._views[name] = view
+        if old:
+            old.end()
+
+    def write(self, name, data):
+        """Type into the view, without waiting; False if that cannot be done."""
+        view = self._views.get(name)
+        if view is None or view.fd is None:
+            return False
+        whole, cut = whole_characters(view.cut + data)
+        if not is_utf8(whole) or self.HALF_KEY.search(whole):
+            return False  # tmux would drop or delay it
+        view.write(whole)
+        view.cut = cut
+        return True
+
+    def settle(self, name):
+        """Wait until tmux has what was typed into the view: to answer, it has read on."""
+        view = self._views.get(name)
+        if view and view.fd is not None:
+            view.wait_written(SETTLE_S)
+            with contextlib.suppress(TmuxError):
+                self.run("display-message", "-p", "")
+
+
+def whole_characters(data):
+    """(data up to a character that is cut at its end, the beginning of that)."""
+    cut = re.search(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z", data)
+    return (data[: cut.start()], cut[0]) if cut else (data, b"")
+
+
+def is_utf8(data):
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def pipe_command(log_path):
@@ -741,6 +1285,204 @@ def exit_code_of(status, death):
     return None
 
 
+# ---------------------------------------------------------------------------- without tmux
+
+
+class Plain(Pty):
+    """A session that is nothing but a pseudo-terminal. All it prints is appended to its log,
+    and to the live view as long as that has room; then the view begins anew with a repaint."""
+
+    BRACKETED = re.compile(rb"\x1b\[\?(?:[0-9]+;)*2004(?:;[0-9]+)*([hl])")
+
+    def __init__(self, ptys, fd, pid, log_path, cols, rows):
+        super().__init__(ptys, fd, cols, rows)
+        self.pid = pid
+        self.log_path = log_path
+        self.exit_code = None
+        self.over = False  # nothing is printed any more
+        self.recorded = True  # False: the log could not be written
+        self.bracketed = False  # the program wants to know what is pasted
+        self.stream = None  # the live view, if somebody looks
+        self._end = b""  # the last bytes, in which a mode may have been cut
+        self._skipped = False
+        self._unasking = None
+        self._log = open_private(log_path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        ptys.call(ptys.add, self)
+
+    def received(self, data):
+        self._record(data)
+        modes = self.BRACKETED.findall(self._end + data)
+        if modes:
+            self.bracketed = modes[-1] == b"h"
+        self._end = (self._end + data)[-32:]
+        if self.stream is None:
+            return
+        if self.ptys.live.full(self.stream):
+            self._skipped = True
+        elif not self._skipped:
+            self.ptys.show(self.stream, self._unasking(data))
+
+    def _record(self, data):
+        """Append to the log; what cannot be written is lost, until the recording is mended."""
+        try:
+            while data and self.recorded:
+                data = data[os.write(self._log, data) :]
+        except OSError as error:
+            log.error("%s cannot be written: %s", self.log_path, error.strerror)
+            self.recorded = False
+
+    def freed(self):
+        if self._skipped and self.stream and not self.ptys.live.full(self.stream):
+            self.repaint(self.stream.session_id)
+
+    def repaint(self, session_id):
+        """Begin a live view: a reset, and what the log says from the beginning of a line."""
+        self.stream = self.ptys.live.open(session_id)
+        self._skipped = False
+        self._unasking = Unasking()
+        self.ptys.show(self.stream, self._unasking(b"\x1bc" + last_part(self.log_path)))
+
+    def unwatch(self):
+        if self.stream:
+            self.ptys.live.close(self.stream)
+        self.stream = None
+
+    def ended(self):
+        self.over = True
+        os.close(self._log)
+
+    def reap(self, flags=os.WNOHANG):
+        """Note the exit code once there is one."""
+        with self._changed:
+            if self.exit_code is None:
+                pid, status = os.waitpid(self.pid, flags)
+                if pid:
+                    code = os.waitstatus_to_exitcode(status)
+                    self.exit_code = code if code >= 0 else 128 - code
+
+
+class Plains:
+    """Sessions in plain pseudo-terminals, for servers without tmux: they end with the agent."""
+
+    kind = "pty"
+
+    def __init__(self, ptys):
+        self.ptys = ptys
+        self._all = {}  # name: Plain
+
+    def version(self):
+        return None
+
+    def new_session(self, name, argv, log_path, cols, rows):
+        fd, pid = self._spawn(argv, cols, rows)
+        self._all[name] = Plain(self.ptys, fd, pid, log_path, cols, rows)
+        return f"pty{pid}", pid
+
+    @staticmethod
+    def _spawn(argv, cols, rows):
+        """(our side, process id) of a program in a new pseudo-terminal."""
+        try:
+            import pexpect
+
+            env = {**clean_environment(), "TERM": "xterm-256color"}
+            started = pexpect.spawn(argv[0], argv[1:], env=env, dimensions=(rows, cols), echo=True)
+        except ImportError as error:
+            raise AgentError("Neither tmux nor pexpect is installed: install tmux.") from error
+        except (OSError, pexpect.ExceptionPexpect) as error:
+            raise AgentError(f"No terminal could be started: {printable(error)}.") from error
+        # From here on it is ours: pexpect would close it, and wait, when it lets go.
+        fd = os.dup(started.child_fd)
+        started.ptyproc.fileobj.close()
+        started.closed = started.ptyproc.closed = True
+        return fd, started.pid
+
+    def _get(self, name):
+        plain = self._all.get(name)
+        if plain is None:
+            raise AgentError("The session's terminal is gone.")
+        return plain
+
+    def panes(self):
+        """{session name: Pane} of every session."""
+        return {name: self._pane(plain) for name, plain in list(self._all.items())}
+
+    @staticmethod
+    def _pane(plain):
+        plain.reap()
+        dead = plain.over and plain.exit_code is not None
+        return Pane(f"pty{plain.pid}", dead, plain.exit_code, plain.pid, plain.recorded, 0)
+
+    def pane_state(self, name):
+        plain = self._get(name)
+        printed = os.path.getsize(plain.log_path)  # moves with what is typed, as a cursor does
+        return types.SimpleNamespace(
+            pane_id=f"pty{plain.pid}", dead=plain.over, in_mode=False, cursor=printed
+        )
+
+    def mend_pipe(self, name, log_path):
+        self._get(name).recorded = True
+
+    def paste(self, name, text):
+        plain = self._get(name)
+        data = text.encode()
+        plain.write(b"\x1b[200~" + data + b"\x1b[201~" if plain.bracketed else data)
+
+    def send(self, name, data):
+        self._get(name).write(data)
+
+    def write(self, name, data):
+        self.send(name, data)
+        return True
+
+    def settle(self, name):
+        self._get(name).wait_written(SETTLE_S)
+
+    def resize(self, name, cols, rows):
+        self._get(name).resize(cols, rows)
+
+    def screen(self, name):
+        plain = self._get(name)
+        return plain_lines(last_part(plain.log_path))[-plain.size[1] :]
+
+    def scrollback(self, name):
+        return plain_lines(last_part(self._get(name).log_path, SCROLLBACK_BYTES))[-HISTORY_LINES:]
+
+    def watch(self, name, session_id):
+        self.ptys.call(self._get(name).repaint, session_id)
+
+    def unwatch(self, name):
+        plain = self._all.get(name)
+        if plain:
+            self.ptys.call(plain.unwatch)
+
+    def watch_lost(self, name):
+        return False
+
+    def kill_session(self, name):
+        plain = self._all.pop(name, None)
+        if plain is None:
+            return
+        if plain.exit_code is None:
+            signal_programs(plain.pid, signal.SIGKILL)
+            signal_process(plain.pid, signal.SIGKILL)
+            plain.reap(0)
+        self.ptys.call(plain.unwatch)
+        self.ptys.call(self.ptys.drop, plain)
+
+
+def last_part(path, size=64 * KB):
+    """The end of a log from the beginning of a line, or of it all if it is that short."""
+    data = read_end(path, size)
+    return data if len(data) < size else data[data.find(b"\n") + 1 :]
+
+
+def plain_lines(data):
+    """Terminal output as lines of text, as far as that can be said without a screen."""
+    text = ESCAPES.sub("", data.decode("utf-8", "replace"))
+    lines = [line.rstrip("\r").rsplit("\r")[-1] for line in text.split("\n")]
+    return [CONTROL.sub(" ", line) for line in lines]
+
+
 # ---------------------------------------------------------------------------- inside a session
 
 
@@ -749,17 +1491,20 @@ def exec_session(path):
     neither environment nor arguments stand on a command line.
 
     It stays as the parent, because tmux 3.3 can drop the last bytes of a program whose end it
-    sees before its output: the terminal is kept open until the log has stopped growing.
+    sees before its output: the terminal is kept open until the log has stopped growing. Meanwhile
+    it notes when the log grew: it is there when the agent is not.
     """
     order = json.loads(Path(path).read_text(encoding="utf-8"))
     os.environ.update(order["env"])
-    signal.pthread_sigmask(signal.SIG_BLOCK, LEADER_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, LEADER_SIGNALS | {signal.SIGCHLD})
     child = os.fork()
     if child == 0:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, LEADER_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, LEADER_SIGNALS | {signal.SIGCHLD})
         run_program(order["argv"], order["cwd"])
-    status = lead(child)
+    clock = Clock(Path(order["log"]))
+    status = lead(child, clock.look)
     wait_until_still(order["log"])
+    clock.look()
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 
@@ -767,8 +1512,8 @@ def exec_session(path):
 LEADER_SIGNALS = {signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM}
 
 
-def lead(child):
-    """Wait for the child as the leader of its terminal; returns its status.
+def lead(child, look):
+    """Wait for the child as the leader of its terminal, looking now and then; its status.
 
     The kernel tells only the leader that a terminal has gone, so that is passed on; keys like
     Ctrl-C reach the child by themselves."""
@@ -777,10 +1522,44 @@ def lead(child):
     for number in (signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, lambda number, _: signal_process(child, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, LEADER_SIGNALS)
-    _, status = os.waitpid(child, 0)
+    ended, pause = 0, TIMES_S
+    while not ended:
+        signal.sigtimedwait({signal.SIGCHLD}, pause)
+        pause = TIMES_S if look() else min(pause * 1.1, TIMES_IDLE_S)
+        ended, status = os.waitpid(child, os.WNOHANG)
     for number in LEADER_SIGNALS:  # the child's number may soon be another process's
         signal.signal(number, signal.SIG_IGN)
     return status
+
+
+class Clock:
+    """Notes when a log grew, as lines `<unix time in ms> <size>` in `output.times` beside it.
+    When there are too many, every second one goes: older ones come to lie farther apart."""
+
+    def __init__(self, log_path):
+        self.log_path = log_path
+        self.path = times_path(log_path)
+        self.size = 0
+
+    def look(self):
+        """Whether the log has grown since the last look."""
+        with contextlib.suppress(OSError):  # the disk is full, or the session forgotten
+            before, self.size = self.size, os.path.getsize(self.log_path)
+            if self.size != before:
+                self._note(f"{time.time() * 1000:.0f} {self.size}\n")
+            return self.size != before
+
+    def _note(self, line):
+        with open(self.path, "a", encoding="ascii", opener=open_private) as file:
+            file.write(line)
+            full = file.tell() > TIMES_BYTES
+        if full:
+            lines = self.path.read_text(encoding="ascii").splitlines(keepends=True)
+            write_private(self.path, "".join(lines[len(lines) % 2 :][1::2]))
+
+
+def times_path(log_path):
+    return log_path.with_name("output.times")
 
 
 def run_program(argv, cwd):
@@ -807,14 +1586,65 @@ def wait_until_still(path, pause_s=0.05, limit_s=5):
 # ---------------------------------------------------------------------------- logs
 
 
+class Times:
+    """When the bytes of one log were printed, as its `Clock` has noted."""
+
+    def __init__(self, path):
+        self.path = path
+        self._file = None  # its number, which is new when notes were left out
+        self._read_to = 0
+        self._sizes, self._at = [], []  # at so many seconds the log had so many bytes
+
+    def look(self, offset):
+        """Read what was noted since, and let go of what was before `offset`."""
+        try:
+            with self.path.open("rb") as file:
+                number = os.fstat(file.fileno()).st_ino
+                if number != self._file:
+                    self._file, self._read_to = number, 0
+                    self._sizes, self._at = [], []
+                file.seek(self._read_to)
+                data = file.read()
+        except OSError:
+            return
+        data = data[: data.rfind(b"\n") + 1]
+        self._read_to += len(data)
+        for at, size in re.findall(rb"(\d+) (\d+)\n", data):
+            self._sizes.append(int(size))
+            self._at.append(int(at) / 1000)
+        passed = bisect.bisect_right(self._sizes, offset)
+        del self._sizes[:passed], self._at[:passed]
+
+    def of(self, start, stop, now):
+        """When the byte at `start` was printed, and [[n, s], …]: byte n from there on (before
+        `stop`) so many seconds later. What has not been noted yet is printed `now`."""
+        first = bisect.bisect_right(self._sizes, start)
+        last = bisect.bisect_left(self._sizes, stop)
+        at = [*self._at[first : last + 1], now][: last - first + 1]
+        later = itertools.accumulate((t - at[0] for t in at[1:]), max, initial=0.0)
+        steps = zip(self._sizes[first:last], itertools.islice(later, 1, None), strict=True)
+        return at[0], [[size - start, round(seconds, 3)] for size, seconds in steps]
+
+
 @dataclasses.dataclass
 class Tail:
-    """How far one session's log has been sent; `acked` is None until the hub has told."""
+    """How far one session's log has been sent; `acked` is None until the hub has told. What was
+    before `start` is not on the disk any more."""
 
     path: Path
     acked: int | None
+    start: int = 0
     sent: int = 0
     sent_at: float = 0.0
+
+    def __post_init__(self):
+        self.sent = max(self.acked or 0, self.start)
+        self.times = Times(times_path(self.path))
+
+    @property
+    def base(self):
+        """Where sending goes on when nothing is under way."""
+        return max(self.acked, self.start)
 
     def size(self):
         """Bytes on the disk; what was sent if somebody has deleted the file."""
@@ -832,9 +1662,17 @@ class Logs:
         self._lock = threading.Lock()
         self._tails = {}
 
-    def follow(self, session_id, path, acked=None):
+    def follow(self, session_id, path, acked=None, start=0):
         with self._lock:
-            self._tails[session_id] = Tail(path, acked, acked or 0)
+            self._tails[session_id] = Tail(path, acked, start)
+
+    def cut(self, session_id, start):
+        """What is before `start` is not read any more: it goes from the disk."""
+        with self._lock:
+            tail = self._tails.get(session_id)
+            if tail is not None:
+                tail.start = start
+                tail.sent = max(tail.sent, start)
 
     def drop(self, session_id):
         with self._lock:
@@ -848,7 +1686,7 @@ class Logs:
             if tail.acked is None or offset < tail.acked:
                 tail.sent = offset
             tail.acked = offset
-            tail.sent = max(tail.sent, offset)
+            tail.sent = max(tail.sent, tail.base)
 
     def acked(self, session_id):
         with self._lock:
@@ -869,9 +1707,9 @@ class Logs:
     def _due(self, tail, now):
         if tail.acked is None or now - tail.sent_at < self.settings.log_pause_s:
             return False
-        if tail.sent > tail.acked and now - tail.sent_at > self.settings.resend_s:
-            tail.sent = tail.acked
-        return tail.sent < min(tail.size(), tail.acked + WINDOW_BYTES)
+        if tail.sent > tail.base and now - tail.sent_at > self.settings.resend_s:
+            tail.sent = tail.base
+        return tail.sent < min(tail.size(), tail.base + WINDOW_BYTES)
 
     def take(self, now):
         """The blocks to send now."""
@@ -887,26 +1725,60 @@ class Logs:
 
     @staticmethod
     def _read(session_id, tail, most):
-        most = min(most, tail.acked + WINDOW_BYTES - tail.sent)
+        most = min(most, tail.base + WINDOW_BYTES - tail.sent)
         try:
             with tail.path.open("rb") as file:
                 file.seek(tail.sent)
                 data = file.read(most)
         except OSError:
             return []  # somebody has deleted it; the other sessions go on
-        at = now_iso()
+        tail.times.look(tail.base)
+        now = time.time()
         blocks = [
-            {
-                "type": "session_log",
-                "session_id": session_id,
-                "offset": tail.sent + start,
-                "data": base64.b64encode(data[start : start + BLOCK_BYTES]).decode(),
-                "at": at,
-            }
+            Logs._block(session_id, tail, data[start : start + BLOCK_BYTES], tail.sent + start, now)
             for start in range(0, len(data), BLOCK_BYTES)
         ]
         tail.sent += len(data)
         return blocks
+
+    @staticmethod
+    def _block(session_id, tail, data, offset, now):
+        at, times = tail.times.of(offset, offset + len(data), now)
+        block = {
+            "type": "session_log",
+            "session_id": session_id,
+            "offset": offset,
+            "data": base64.b64encode(data).decode(),
+            "at": iso_of(at),
+        }
+        return block | ({"times": times} if times else {})
+
+
+def released(path, start, stop):
+    """Give the disk back what the file holds between; its size and the rest stay as they are.
+    Whether that could be done here."""
+    import ctypes
+
+    keep_size, punch_hole = 1, 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    fallocate = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+    if fallocate is None:
+        return False
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    try:
+        with path.open("r+b") as file:
+            return fallocate(file.fileno(), keep_size | punch_hole, start, stop - start) == 0
+    except OSError:
+        return False
+
+
+def can_release(directory):
+    """Whether the file system lets go of parts of a file."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=directory) as file:
+            return released(Path(file.name), 0, KB)
+    except OSError:
+        return False
 
 
 class Outgoing:
@@ -918,6 +1790,7 @@ class Outgoing:
         self.logs = logs
         self.settings = settings
         self.wake = threading.Event()
+        self.live = Live(self.wake)
         self._lock = threading.Lock()
         self._acks = []
         self._moments = collections.deque(maxlen=1000)
@@ -945,6 +1818,7 @@ class Outgoing:
             self._acks.clear()  # the hub sends those commands again
             self._moments.clear()
             self._spool_sent = 0
+        self.live.clear()
         self.logs.rewind()
 
     def due(self, now):
@@ -956,11 +1830,26 @@ class Outgoing:
 
     def take(self, now):
         with self._lock:
-            acks, self._acks = self._acks, []
-            moments = list(self._moments)
-            self._moments.clear()
-            frames = [{"type": "ack", "ids": acks}] if acks else []
-            return frames + self._take_spool(now) + moments + self.logs.take(now)
+            return [
+                *self._take_acks(),
+                *self._take_spool(now),
+                *self._take_moments(),
+                *self.logs.take(now),
+            ]
+
+    def take_urgent(self):
+        """What should not wait behind reports and logs, nor for the disk they come from."""
+        with self._lock:
+            return self._take_acks() + self._take_moments()
+
+    def _take_acks(self):
+        acks, self._acks = self._acks, []
+        return [{"type": "ack", "ids": acks}] if acks else []
+
+    def _take_moments(self):
+        moments = list(self._moments)
+        self._moments.clear()
+        return moments + self.live.take()
 
     def _take_spool(self, now):
         if self._spool_overdue(now):
@@ -978,28 +1867,32 @@ class Outgoing:
 class Sessions:
     """Everything done to sessions: starting, typing, watching, closing."""
 
-    def __init__(self, config, state_dir, settings, store, outgoing, tmux):
+    def __init__(self, config, state_dir, settings, store, outgoing, terminals):
         self.config = config
         self.settings = settings
         self.store = store
         self.outgoing = outgoing
         self.logs = outgoing.logs
-        self.tmux = tmux
+        self.terminals = {terminal.kind: terminal for terminal in terminals}
+        self.kind = terminals[0].kind  # of new sessions
         self.root = make_private_dir(state_dir / "sessions")
         self.bin = install_cli(make_private_dir(state_dir / "bin"))
         self.profiles = parse_profiles(store.get("profiles", {}))
         self.lock = threading.RLock()
         self.all = {session.session_id: session for session in store.sessions()}
+        self._releases = can_release(self.root)
+        self._release_at = 0.0
         self._typing = collections.defaultdict(threading.Lock)
         self._sizes = {}  # session id: log size at the last look at a dead pane
         self._deadlines = {}  # session id: when a closing one is killed
         self._hung_up = {}  # session id: how many programs were told to end
         self._mend_at = {}  # session id: earliest next mending of its pipe
+        self._view_at = {}  # session id: earliest next mending of its live view
         self._screens = {}  # session id: (size of log, lines, time) of the last screen
         self._screen_due = {}  # session id: when to look although the interval is not over
         self._memories = (
             *(self._sizes, self._deadlines, self._hung_up, self._mend_at),
-            *(self._screens, self._screen_due),
+            *(self._screens, self._screen_due, self._view_at),
         )
 
     # -- finding
@@ -1019,6 +1912,18 @@ class Sessions:
             (s for s in self.live() if task_id and (s.task_id, s.attempt) == (task_id, attempt)),
             None,
         )
+
+    def terminal(self, session):
+        """What keeps the session."""
+        terminal = self.terminals.get(session.terminal)
+        if terminal is None:
+            raise TmuxError("tmux is not installed any more: install it and restart the agent.")
+        return terminal
+
+    def panes(self):
+        """{session name: Pane} of all that is kept."""
+        panes = [terminal.panes() for terminal in self.terminals.values()]
+        return {name: pane for found in panes for name, pane in found.items()}
 
     def directory(self, session):
         return self.root / session.session_id
@@ -1077,13 +1982,14 @@ class Sessions:
             attempt=order.get("attempt"),
             title=(task or {}).get("title") or order.get("name") or "",
             working_directory=self._directory_of(order),
+            terminal=self.kind,
         )
         self._write_files(session, order, task, argv)
         self.store.save(session)
         self.all[session_id] = session
         try:
             self._launch(session, order)
-        except TmuxError:
+        except AgentError:
             self._forget(session)
             raise
         self._say_live(session)
@@ -1153,7 +2059,7 @@ class Sessions:
         # Isolated and without site-packages: nothing of the user's shadows a module of ours.
         argv = [sys.executable, "-I", "-S", os.path.abspath(__file__), "--exec-session", str(run)]
         size = int(order.get("cols") or 120), int(order.get("rows") or 40)
-        session.pane_id, pid = self.tmux.new_session(
+        session.pane_id, pid = self.terminal(session).new_session(
             session.tmux_name, argv, self.log_path(session), *size
         )
         session.pid = int(pid)
@@ -1173,6 +2079,7 @@ class Sessions:
             "type": "session_started",
             "session_id": session.session_id,
             "tmux_name": session.tmux_name,
+            "terminal": session.terminal,
             "pid": session.pid,
             "working_directory": session.working_directory,
             "task_id": session.task_id,
@@ -1192,10 +2099,13 @@ class Sessions:
     # -- taking up again after a restart
 
     def recover(self):
-        """Compare what we wrote down with what tmux has, once, before connecting."""
-        panes = self.tmux.panes()
+        """Compare what we wrote down with what there is, once, before connecting."""
+        panes = self.panes()
         for session in list(self.all.values()):
-            self.logs.follow(session.session_id, self.log_path(session))
+            path = self.log_path(session)
+            if session.log_start:
+                released(path, 0, session.log_start)  # the last run may have ended before that
+            self.logs.follow(session.session_id, path, start=session.log_start)
             self.RECOVERIES[session.state](self, session, panes.get(session.tmux_name))
 
     def _recover_starting(self, session, pane):
@@ -1207,6 +2117,7 @@ class Sessions:
 
     def _recover_live(self, session, pane):
         if pane is None:
+            self._end_left_over(session)
             return self._finish(session, None)
         log.info("%s found again", session)
         self.outgoing.spool(
@@ -1217,9 +2128,16 @@ class Sessions:
             }
         )
 
+    def _end_left_over(self, session):
+        """A program without tmux that did not mind the hang-up when the last agent ended."""
+        run = str(self.directory(session) / "run.json")
+        if session.terminal == "pty" and run in command_line(session.pid):  # not another's number
+            signal_programs(session.pid, signal.SIGKILL)
+            signal_process(session.pid, signal.SIGKILL)
+
     def _recover_ended(self, session, pane):
         if pane is not None:
-            self.tmux.kill_session(session.tmux_name)
+            self.terminal(session).kill_session(session.tmux_name)
 
     RECOVERIES = {
         "starting": _recover_starting,
@@ -1231,12 +2149,18 @@ class Sessions:
 
     def listed(self):
         """The sessions for the sync frame: ours, then tmux sessions we know nothing of."""
-        panes = self.tmux.panes()
+        panes = self.panes()
         with self.lock:
             ours = [self._listed(session) for session in self.all.values()]
             known = {session.tmux_name for session in self.all.values()}
         strangers = [
-            {"session_id": None, "tmux_name": name, "pid": pane.pid, "alive": not pane.dead}
+            {
+                "session_id": None,
+                "tmux_name": name,
+                "terminal": "tmux",
+                "pid": pane.pid,
+                "alive": not pane.dead,
+            }
             for name, pane in panes.items()
             if name not in known
         ]
@@ -1246,6 +2170,7 @@ class Sessions:
         return {
             "session_id": session.session_id,
             "tmux_name": session.tmux_name,
+            "terminal": session.terminal,
             "pid": session.pid,
             "alive": session.state != "ended",
             "exit_code": session.exit_code,
@@ -1254,7 +2179,7 @@ class Sessions:
             "task_id": session.task_id,
             "attempt": session.attempt,
             "activity": "no_signal",
-            "log_start": 0,
+            "log_start": session.log_start,
             "log_end": self.log_size(session),
         }
 
@@ -1270,7 +2195,12 @@ class Sessions:
                 self._adopt_or_close(entry, adopted.get(entry["tmux_name"]))
 
     def _keep(self, session, entry):
-        self.logs.acknowledge(session.session_id, entry.get("log_acked") or 0)
+        acked = entry.get("log_acked") or 0
+        if acked < session.log_start and not self.store.declares_gap(session.session_id, acked):
+            self.outgoing.spool(
+                self._gap(session, acked, session.log_start, "the hub had stored it once")
+            )
+        self.logs.acknowledge(session.session_id, acked)
         self.sweep(session)
 
     def _drop(self, session, _entry):
@@ -1284,10 +2214,10 @@ class Sessions:
     def _adopt_or_close(self, entry, session_id):
         if session_id is None:
             log.warning("%s is closed: the hub does not know it", entry["tmux_name"])
-            return self.tmux.kill_session(entry["tmux_name"])
+            return self.terminals["tmux"].kill_session(entry["tmux_name"])
         with self.lock:
             session = Session(valid_session_id(session_id), entry["tmux_name"], pid=entry["pid"])
-            session.pane_id = self.tmux.pane_state(session.tmux_name).pane_id
+            session.pane_id = self.terminal(session).pane_state(session.tmux_name).pane_id
             make_private_dir(self.directory(session))
             os.close(open_private(self.log_path(session), os.O_CREAT | os.O_WRONLY))
             session.state = "live"
@@ -1302,27 +2232,29 @@ class Sessions:
     def type(self, session_id, text):
         """Type text and submit it. Raises AgentError, and then nothing was submitted."""
         session = self.get_live(session_id)
+        terminal = self.terminal(session)
         text = typeable(text)
         with self._typing[session_id]:
+            terminal.settle(session.tmux_name)
             before = self._ready_for_typing(session)
             if text:
-                self.tmux.paste(session.tmux_name, text)
+                terminal.paste(session.tmux_name, text)
                 self._wait_for_text(session, before)
             # A byte, not the key's name: "Enter" is not submitted by every tmux.
-            self.tmux.send(session.tmux_name, b"\r")
+            terminal.send(session.tmux_name, b"\r")
         self._look_soon(session)
 
     def _ready_for_typing(self, session):
         state = self._own_pane(session)
         if state.in_mode:
-            self.tmux.leave_mode(session.tmux_name)
+            self.terminal(session).leave_mode(session.tmux_name)
             state = self._own_pane(session)
         if state.in_mode:
             raise AgentError("The session is in copy mode and does not leave it.")
         return state.cursor
 
     def _own_pane(self, session):
-        state = self.tmux.pane_state(session.tmux_name)
+        state = self.terminal(session).pane_state(session.tmux_name)
         if state.pane_id != session.pane_id:
             raise AgentError("The session's terminal was replaced by another pane.")
         if state.dead:
@@ -1344,19 +2276,56 @@ class Sessions:
             last = cursor
 
     def input(self, session_id, data):
+        """Type bytes as they are: into the live view if there is one."""
         session = self.get_live(session_id)
+        terminal = self.terminal(session)
+        data = ANSWERS.sub(b"", data)
         with self._typing[session_id]:
-            self._own_pane(session)
-            self.tmux.send(session.tmux_name, data)
+            if not terminal.write(session.tmux_name, data):
+                terminal.settle(session.tmux_name)
+                self._own_pane(session)
+                terminal.send(session.tmux_name, data)
         self._look_soon(session)
+
+    def input_at_once(self, session_id, data):
+        """The same if nothing has to be waited for; whether it was done."""
+        session = self.get_live(session_id)
+        typing = self._typing[session_id]
+        if not typing.acquire(blocking=False):
+            return False
+        try:
+            done = self.terminal(session).write(session.tmux_name, ANSWERS.sub(b"", data))
+        finally:
+            typing.release()
+        if done:
+            self._look_soon(session)
+        return done
 
     def resize(self, session_id, cols, rows):
         session = self.get_live(session_id)
-        self.tmux.resize(session.tmux_name, max(1, min(cols, 1000)), max(1, min(rows, 1000)))
+        size = max(1, min(cols, 1000)), max(1, min(rows, 1000))
+        self.terminal(session).resize(session.tmux_name, *size)
         self._look_soon(session)
 
     def scrollback(self, session_id):
-        return self.tmux.screen(self.get_live(session_id).tmux_name, "-S", "-")
+        session = self.get_live(session_id)
+        return self.terminal(session).scrollback(session.tmux_name)
+
+    # -- live views
+
+    def view(self, session_id):
+        """Begin a live view, or begin it anew."""
+        session = self.get_live(session_id)
+        terminal = self.terminal(session)
+        terminal.watch(session.tmux_name, session_id)
+        if session.state != "live":  # it has ended meanwhile
+            terminal.unwatch(session.tmux_name)
+
+    def leave(self, session_id):
+        """End the live view, if there is one."""
+        session = self.all.get(session_id)
+        if session is not None:
+            self.terminal(session).unwatch(session.tmux_name)
 
     # -- watching
 
@@ -1365,7 +2334,7 @@ class Sessions:
         live = self.live()
         if not live:
             return
-        panes = self.tmux.panes()
+        panes = self.panes()
         for session in live:
             self._look_at(session, panes.get(session.tmux_name), now)
 
@@ -1379,6 +2348,16 @@ class Sessions:
         elif not pane.piped and now >= self._mend_at.get(session.session_id, 0):
             self._mend_at[session.session_id] = now + MEND_PAUSE_S
             self._mend(session, "the recording of the output had stopped")
+        elif self.terminal(session).watch_lost(session.tmux_name):
+            self._view_again(session, now)
+
+    def _view_again(self, session, now):
+        """Somebody has detached our client, or killed it."""
+        if now >= self._view_at.get(session.session_id, 0):
+            self._view_at[session.session_id] = now + MEND_PAUSE_S
+            log.warning("%s: the live view had ended", session)
+            with contextlib.suppress(AgentError):  # it has ended too; the monitor says so
+                self.view(session.session_id)
 
     def _settle(self, session, pane):
         """The program has ended: wait until its log rests, then say so."""
@@ -1402,12 +2381,17 @@ class Sessions:
             frames = [self._outcome(session)] if self._owes_outcome(session) else []
             session.state = "ended"
             self.store.save(session, *frames, self._closed(session))
-        self.tmux.kill_session(session.tmux_name)
+        self._let_go(session)
         for memory in self._memories:
             memory.pop(session.session_id, None)
         self.outgoing.wake.set()
         end = "is gone" if exit_code is None else f"ended with exit code {exit_code}"
         log.info("%s %s", session, end)
+
+    def _let_go(self, session):
+        terminal = self.terminals.get(session.terminal)
+        if terminal:
+            terminal.kill_session(session.tmux_name)
 
     @staticmethod
     def _owes_outcome(session):
@@ -1438,17 +2422,57 @@ class Sessions:
         error = f"{exit_sentence(session.exit_code)}\n{tail}".strip()
         return self._report(session, outcome="fail", error=error, implicit=True)
 
+    @staticmethod
+    def _gap(session, start, stop, why):
+        ours = {"type": "session_gap", "session_id": session.session_id}
+        return {**ours, "from": start, "to": stop, "why": why}
+
     def _mend(self, session, why):
-        gap = {
-            "type": "session_gap",
-            "session_id": session.session_id,
-            "from": self.log_size(session),
-            "to": None,
-            "why": why,
-        }
-        self.tmux.mend_pipe(session.tmux_name, self.log_path(session))
+        gap = self._gap(session, self.log_size(session), None, why)
+        self.terminal(session).mend_pipe(session.tmux_name, self.log_path(session))
         self.outgoing.spool(gap)
         log.warning("%s: %s", session, why)
+
+    # -- giving output back to the disk
+
+    def release_logs(self, now):
+        """Let go of output that the hub has, and, where it has been away for too much of it, of
+        the oldest that it has not."""
+        if not self._releases or now < self._release_at:
+            return
+        self._release_at = now + RELEASE_S
+        for session in list(self.all.values()):
+            self._release_acked(session)
+            self._release_oldest(session)
+
+    def _release_acked(self, session):
+        acked = self.logs.acked(session.session_id) or 0
+        start = acked - (SCROLLBACK_BYTES if session.terminal == "pty" else KEPT_BYTES)
+        if start - session.log_start >= RELEASE_BYTES:
+            self._release(session, start)
+
+    def _release_oldest(self, session):
+        keep = max(int(self.settings.log_keep_mb * KB * KB), KEEP_LEAST_BYTES)
+        first = max(self.logs.acked(session.session_id) or 0, session.log_start)
+        size = self.log_size(session)
+        if size - first <= keep:
+            return
+        start = size - keep * 3 // 4  # some way below, so that it is not said at every look
+        why = f"the hub was away: limit of {self.settings.log_keep_mb:g} MB on the server"
+        self._release(session, start, self._gap(session, first, start, why))
+        self.outgoing.wake.set()
+        log.warning("%s: %d bytes of output are given up: %s", session, start - first, why)
+
+    def _release(self, session, start, *frames):
+        """Note first, then say, then do: whenever we are killed, what was given up is declared,
+        and nothing that is gone is sent."""
+        with self.lock:
+            if self.all.get(session.session_id) is not session:
+                return  # forgotten meanwhile
+            before, session.log_start = session.log_start, start
+            self.store.save(session, *frames)
+        self.logs.cut(session.session_id, start)
+        released(self.log_path(session), before, start)
 
     # -- closing
 
@@ -1513,8 +2537,8 @@ class Sessions:
     def _send_screen(self, session, now):
         size = self.log_size(session)
         try:
-            lines = self.tmux.screen(session.tmux_name)
-        except TmuxError:
+            lines = self.terminal(session).screen(session.tmux_name)
+        except AgentError:
             return  # it has just ended; the monitor says so
         _, before, _ = self._screens.get(session.session_id, NO_SCREEN)
         self._screens[session.session_id] = size, lines, now
@@ -1627,7 +2651,7 @@ def read_end(path, size=16 * KB):
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.path.getsize(path) - size))
-            return file.read(size)
+            return file.read(size).lstrip(b"\0")  # as what was given back to the disk reads
     except OSError:
         return b""
 
@@ -1647,6 +2671,14 @@ def signal_programs(leader, number):
     for pid in found:
         signal_process(pid, number)
     return len(found)
+
+
+def command_line(pid):
+    """The arguments a process was started with, [] if there is none or it cannot be known."""
+    try:
+        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
+    except OSError:
+        return []
 
 
 def session_of(pid):
@@ -1680,6 +2712,61 @@ def notice(kind, task_id):
     return NOTICES[kind].format(valid_id(task_id, "a task"))
 
 
+class Lanes:
+    """Carries out frames in order within a session, and sessions beside one another: typing
+    that takes seconds in one holds up no keystroke in another. A thread each, while in use."""
+
+    def __init__(self, carry_out):
+        self._carry_out = carry_out
+        self._lock = threading.Lock()
+        self._lanes = {}  # session id: frames
+        self._undone = collections.Counter()
+
+    def idle(self, frame):
+        """Whether nothing is before this frame."""
+        return not self._undone[self._lane_of(frame)]
+
+    @staticmethod
+    def _lane_of(frame):
+        return str(frame.get("session_id"))
+
+    def put(self, frame):
+        name = self._lane_of(frame)
+        with self._lock:
+            lane = self._lanes.get(name)
+            if lane is None:
+                lane = self._lanes[name] = queue.SimpleQueue()
+                threading.Thread(target=self._run, args=(name, lane), daemon=True).start()
+            self._undone[name] += 1
+            lane.put(frame)
+
+    def _run(self, name, lane):
+        while True:
+            try:
+                frame = lane.get(timeout=LANE_IDLE_S)
+            except queue.Empty:
+                with self._lock:
+                    if lane.empty():
+                        del self._lanes[name], self._undone[name]
+                        return
+                continue
+            self._carry_out(frame)
+            with self._lock:
+                self._undone[name] -= 1
+
+
+def terminals_of(config, settings, ptys):
+    """What sessions are kept by: first what new ones are, then what older ones may be."""
+    tmux, plain = Tmux(f"orc-{config['server_id'][:8]}", ptys), Plains(ptys)
+    if shutil.which("tmux") is None:
+        log.warning(
+            "tmux is not installed: sessions are plain terminals here, which end with the agent. "
+            "Install tmux and restart the agent to keep them."
+        )
+        return [plain]
+    return [plain, tmux] if settings.terminal == "pty" else [tmux, plain]
+
+
 class Agent:
     """What a frame of the hub does here, and what the agent says of itself."""
 
@@ -1689,12 +2776,15 @@ class Agent:
         self.stop = stop
         self.instance = str(uuid.uuid4())
         self.store = Store(state_dir / "state.db")
-        self.tmux = Tmux(f"orc-{config['server_id'][:8]}")
         self.outgoing = Outgoing(self.store, Logs(settings), settings)
-        self.sessions = Sessions(config, state_dir, settings, self.store, self.outgoing, self.tmux)
+        self.ptys = Ptys(self.outgoing.live)
+        terminals = terminals_of(config, settings, self.ptys)
+        self.sessions = Sessions(config, state_dir, settings, self.store, self.outgoing, terminals)
         self.commands = queue.SimpleQueue()  # frames with the epoch they came in
-        self.keys = queue.SimpleQueue()
+        self.lanes = Lanes(lambda frame: self._carry_out(self.MOMENTS, frame))
+        self.connection = 0
         self.epoch = ""
+        self.heartbeat_s = 30
         self._listed = []
 
     def recover(self):
@@ -1709,11 +2799,9 @@ class Agent:
 
     # -- for the carrier
 
-    def opening(self):
-        """The first frames of a connection; what the last one left unsaid is said again."""
-        self.outgoing.rewind()
-        self._listed = self.sessions.listed()
-        auth = {
+    def auth(self):
+        """The first frame of a connection."""
+        return {
             "type": "auth",
             "protocol": PROTOCOL,
             "agent_version": VERSION,
@@ -1722,14 +2810,20 @@ class Agent:
             "spool_first": self.store.spool_first(),
             "features": [],
         }
-        sync = {
+
+    def sync(self):
+        """The second frame; what the last connection left unsaid is said again after it."""
+        self.connection += 1
+        self._leave_views()
+        self.outgoing.rewind()
+        self._listed = self.sessions.listed()
+        return {
             "type": "sync",
             "instance": self.instance,
             "sessions": self._listed,
             "capabilities": self._capabilities(),
             "profiles_etag": self.store.get("profiles_etag"),
         }
-        return [auth, sync]
 
     def _capabilities(self):
         profiles = self.sessions.profiles
@@ -1738,7 +2832,7 @@ class Agent:
             **declared(self.config),
             "profiles": {name: profile.get("version") for name, profile in profiles.items()},
             "os": platform.system().lower(),
-            "tmux": self.tmux.version(),
+            "tmux": self.sessions.terminals[self.sessions.kind].version(),
         }
 
     def received(self, frames):
@@ -1749,13 +2843,24 @@ class Agent:
                 commands.append(frame)
             elif frame.get("type") in self.AT_ONCE:
                 self._carry_out(self.AT_ONCE, frame)
-            else:
-                self.keys.put(frame)
+            elif not self._typed_at_once(frame):
+                self.lanes.put({**frame, "connection": self.connection})
         if commands:
             new = self.store.receive(self.epoch, commands)
             self.outgoing.acknowledge([frame["id"] for frame in commands])
             for frame in new:
                 self.commands.put({**frame, "epoch": self.epoch})
+
+    def _typed_at_once(self, frame):
+        """Whether it was a keystroke that could be passed on right here: on a busy machine every
+        change of thread costs milliseconds. What is wrong with a frame is said in its lane."""
+        if frame.get("type") != "session_input" or not self.lanes.idle(frame):
+            return False
+        try:
+            data = base64.b64decode(frame["data"])
+            return self.sessions.input_at_once(frame["session_id"], data)
+        except (AgentError, KeyError, TypeError, ValueError):
+            return False
 
     def _carry_out(self, table, frame):
         """The boundary of all handlers: one bad frame must not hold up the others."""
@@ -1774,11 +2879,12 @@ class Agent:
         self._carry_out(self.COMMANDS, frame)
         self.store.done(frame["epoch"], frame["id"])
 
-    def press_keys(self):
-        self._carry_out(self.MOMENTS, self.keys.get())
+    def serve_terminals(self):
+        self.ptys.step()
 
     def watch(self):
         self.sessions.look(time.monotonic())
+        self.sessions.release_logs(time.monotonic())
         self.stop.wait(self.settings.monitor_s)
 
     def send_logs(self):
@@ -1794,6 +2900,7 @@ class Agent:
 
     def _auth_ok(self, frame):
         self.epoch = frame["hub_epoch"]
+        self.heartbeat_s = float(frame.get("heartbeat_s") or self.heartbeat_s)
         name = printable(frame.get("server_name"))
         log.info("connected to %s as %s", self.config["hub_url"], name)
 
@@ -1817,7 +2924,11 @@ class Agent:
         if session is not None:
             self.sessions.sweep(session)
 
+    def _ping(self, _frame):
+        self.outgoing.say({"type": "pong"})
+
     AT_ONCE = {
+        "ping": _ping,
         "auth_ok": _auth_ok,
         "sync_ok": _sync_ok,
         "spool_ack": _spool_ack,
@@ -1897,6 +3008,20 @@ class Agent:
         data = base64.b64decode(frame["data"])
         self._try(self.sessions.input, frame["session_id"], data)
 
+    def _session_watch(self, frame):
+        """Only for the connection that asked: a new one begins with nothing watched."""
+        session_id = frame["session_id"]
+        if frame["on"] and frame["connection"] == self.connection:
+            self._try(self.sessions.view, session_id)
+        if not frame["on"] or frame["connection"] != self.connection:
+            self._try(self.sessions.leave, session_id)
+
+    def _leave_views(self):
+        """In the lanes, behind what is still being typed into them."""
+        for session_id in self.outgoing.live.clear():
+            frame = {"type": "session_watch", "session_id": session_id, "on": False}
+            self.lanes.put({**frame, "connection": self.connection})
+
     def _session_resize(self, frame):
         size = int(frame["cols"]), int(frame["rows"])
         self._try(self.sessions.resize, frame["session_id"], *size)
@@ -1926,6 +3051,7 @@ class Agent:
     MOMENTS = {
         "session_input": _session_input,
         "session_resize": _session_resize,
+        "session_watch": _session_watch,
         "session_type": _session_type,
         "capture_scrollback": _capture_scrollback,
     }
@@ -1934,24 +3060,413 @@ class Agent:
 # ---------------------------------------------------------------------------- carriers
 
 
+ABSENT = "absent"  # nobody is there, or the hub asks for patience
+REFUSED = "refused"  # something answers, but the upgrade fails
+MUTE = "mute"  # opened, and the hub's greeting does not come
+SILENT = "silent"  # greeted, and then nothing comes
+DENIED = "denied"  # the hub does not accept the key
+SUPERSEDED = "superseded"  # a newer agent has connected
+LOST = "lost"  # it carried, and has ended
+
+AUTH_ERRORS = {"superseded": SUPERSEDED, "busy": ABSENT, "too_many": ABSENT}  # others: DENIED
+CLOSE_CODES = {  # others: what the moment makes of it
+    1001: ABSENT,
+    1012: ABSENT,
+    1013: ABSENT,
+    4001: SUPERSEDED,
+    4401: DENIED,
+    4429: ABSENT,
+}
+
+
+class Ended(Exception):
+    """A socket has ended or could not be opened; `kind`, one of the above, is what that means."""
+
+    def __init__(self, kind, why):
+        super().__init__(printable(why, 300))
+        self.kind = kind
+
+
+class Choice:
+    """Which carrier is used, and when the socket is tried next. Decides, and does nothing.
+
+    The socket is preferred. Failures enough without a success in between, and it is the poll until
+    a later try succeeds. A hub that is away says nothing about its socket."""
+
+    ENOUGH = 3
+    FAILURES = {REFUSED: 1, SILENT: 1, MUTE: ENOUGH}
+    SETTLED_S = 1  # a connection that carried for less says that the hub is in trouble
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.using = "poll" if settings.carrier == "poll" else "socket"
+        self.failures = 0
+        self._pauses = Backoff(settings.backoff_max_s, least=0.2, growth=1.5)
+        self._refusals = Backoff(settings.refused_max_s)
+
+    def carries(self):
+        """The socket is open and something has come through it."""
+        self.using = "socket"
+        self.failures = 0
+        self._refusals.reset()
+
+    def after(self, kind, carried_s=0):
+        """Note how a socket ended that carried for so long; the seconds until the next try."""
+        failure = self.FAILURES.get(kind, 0)
+        self.failures = self.failures + failure if failure else 0
+        if self.failures >= self.ENOUGH and self.settings.carrier == "auto":
+            self.using = "poll"
+        if self.using == "poll":
+            return self.settings.socket_retry_s
+        if kind == SUPERSEDED:
+            return self.settings.superseded_s
+        if kind == DENIED:
+            return self._refusals.pause()
+        if carried_s > self.SETTLED_S:
+            self._pauses.reset()
+        return self._pauses.pause()
+
+
+class Line:
+    """The connection to the hub: runs the carrier that `Choice` says, one at a time."""
+
+    def __init__(self, hub, agent):
+        self.hub = hub
+        self.agent = agent
+        self.stop = agent.stop
+        self.choice = Choice(agent.settings)
+        self.socket = None  # the carrier, while it carries
+        self.poll = None
+        self._carries_since = math.inf  # for the socket
+        self._spoken_of = None  # the carrier named in the log last
+        self._down = False
+        self._numbers = itertools.count(1)  # of the poll's calls: the hub knows them again by it
+        self._again = threading.Event()  # set: the socket is tried now
+        self._loop = Loop(self.step, self.stop)
+
+    def start(self):
+        if self.choice.using == "socket" and not can_socket():
+            log.warning(
+                "The package websockets is missing or too old, so the hub is polled: "
+                "install what requirements.txt names."
+            )
+            self.agent.settings.carrier = self.choice.using = "poll"
+        self._loop.start()
+
+    def end(self):
+        """Send what can be sent within a second, and hang up."""
+        self._again.set()
+        self.agent.outgoing.wake.set()
+        self._loop.join(1 if self.socket else 0.1)
+        if self.poll and self.poll.end(0.4):
+            self.poll.flush(0.5)
+
+    def step(self):
+        """Carry by the socket as long as it lasts, or begin to poll; then pause."""
+        if self.agent.settings.carrier == "poll":
+            self._begin_poll("there is no socket to try")
+            self._again.wait()
+            return
+        self._carries_since = math.inf
+        try:
+            self._by_socket()
+        except Ended as ended:
+            pause = self.choice.after(ended.kind, time.monotonic() - self._carries_since)
+            self._report(ended)
+            if self.choice.using == "poll":
+                self._begin_poll(f"the socket fails: {ended}")
+        self._again.wait(pause)
+        self._again.clear()
+
+    def _by_socket(self):
+        """Open a socket and carry by it until it has Ended."""
+        carrier = SocketCarrier(self.hub, self.agent)
+        try:
+            carrier.open()
+            self._end_poll()
+            carrier.sync()
+            self._up()
+            self._say("socket", "it works again" if self._spoken_of else "it is preferred")
+            self.socket = carrier
+            carrier.carry()
+        finally:
+            self.socket = None
+            carrier.close()
+
+    def _begin_poll(self, why):
+        if self.poll is None and not self.stop.is_set():
+            self._say("poll", why)
+            self.poll = PollCarrier(self.hub, self.agent, self._numbers, self._again.set)
+            self.poll.start()
+
+    def _end_poll(self):
+        if self.poll:
+            self.poll.end(1)
+            self.poll = None
+
+    def _up(self):
+        self.choice.carries()
+        self._carries_since = time.monotonic()
+        if self._down:
+            log.info("the hub answers again")
+        self._down = False
+
+    def _say(self, carrier, why):
+        if carrier != self._spoken_of:
+            log.info("frames go by the %s: %s", carrier, why)
+            self._spoken_of = carrier
+
+    def _report(self, ended):
+        """Say once that the hub is away; a refusal is said each time."""
+        if self.stop.is_set() or self.poll:
+            log.debug("the socket: %s", ended)
+        elif ended.kind in (DENIED, SUPERSEDED):
+            log.error("%s", ended)
+        elif ended.kind != ABSENT:
+            log.warning("the socket: %s", ended)
+        elif not self._down:
+            log.warning("the hub is away (%s). Trying again; sessions go on.", ended)
+            self._down = True
+
+
+def can_socket():
+    """Whether the library is there."""
+    try:
+        from websockets.sync.client import reconnect  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class SocketCarrier:
+    """Protocol 2 over one WebSocket: `open`, `sync`, `carry`. Each raises Ended."""
+
+    RECEIVED_BYTES = 32 * KB * KB
+    AT_ONCE = 64  # messages handled together: one write to the disk for all commands in them
+    SYNC_WAITS = 3  # times the wait for the greeting: the hub has to look at every session
+
+    def __init__(self, hub, agent):
+        self.hub = hub
+        self.agent = agent
+        self.settings = agent.settings
+        self.wake = agent.outgoing.wake
+        self._held = contextlib.ExitStack()
+        self._ws = None
+        self._reached = False  # there was somebody to shake hands with
+        self._over = False
+
+    # -- from the upgrade to the end
+
+    def open(self):
+        """Connect and be greeted."""
+        self._ws = self._upgrade()
+        with self._ending(REFUSED, MUTE):
+            self._send({**self.agent.auth(), "api_key": self.hub.api_key})
+            frames = self._receive(self.settings.socket_open_s)
+        answer = frames[0] if frames else {}
+        if answer.get("type") == "auth_error":
+            detail = answer.get("detail") or "The hub does not accept this agent."
+            raise Ended(AUTH_ERRORS.get(answer.get("code"), DENIED), detail)
+        if answer.get("type") != "auth_ok":
+            raise Ended(MUTE, "what answers is not a hub")
+        self.agent.received(frames)
+
+    def sync(self):
+        """Agree with the hub on what there is; nothing else is sent before."""
+        deadline = time.monotonic() + self.SYNC_WAITS * self.settings.socket_open_s
+        with self._ending(SILENT, SILENT):
+            self._send(self.agent.sync())
+            agreed = False
+            while not agreed:
+                frames = self._receive(max(0, deadline - time.monotonic()))
+                self.agent.received(frames)
+                agreed = any(frame.get("type") == "sync_ok" for frame in frames)
+
+    def carry(self):
+        """Send and receive until it ends."""
+        writer = threading.Thread(target=self._write, name="SocketCarrier.write", daemon=True)
+        self.wake.set()
+        writer.start()
+        try:
+            with self._ending(LOST, LOST):
+                while True:
+                    self.agent.received(self._receive())
+        finally:
+            self._over = True
+            self.wake.set()
+            self._cut()
+            writer.join()
+
+    def close(self):
+        self._held.close()
+
+    def _cut(self):
+        """Free whoever is stuck in sending."""
+        with contextlib.suppress(OSError):
+            self._ws.socket.shutdown(socket.SHUT_RDWR)
+
+    # -- opening
+
+    def _upgrade(self):
+        from websockets.exceptions import WebSocketException
+
+        try:
+            return self._held.enter_context(self._connecter())
+        except (OSError, ImportError, WebSocketException) as error:
+            raise Ended(self._kind_of(error), error) from error
+
+    def _connecter(self):
+        from websockets.sync.client import reconnect
+
+        connecter = reconnect(
+            f"ws{self.hub.url.removeprefix('http')}/ws/server",
+            compression=None,
+            open_timeout=self.settings.socket_open_s,
+            ping_interval=self.settings.socket_ping_s,
+            ping_timeout=self.settings.socket_ping_s,
+            close_timeout=2,
+            max_size=self.RECEIVED_BYTES,
+            max_queue=self.AT_ONCE,
+            create_connection=self._connection,
+        )
+        connecter.process_redirect = lambda error: error  # the key is for this address only
+        return connecter
+
+    def _connection(self, sock, protocol, **options):
+        from websockets.sync.client import ClientConnection
+
+        self._reached = True
+        tune(sock, 2 * self.settings.socket_ping_s)
+        return ClientConnection(sock, protocol, **options)
+
+    def _kind_of(self, error):
+        """A proxy that is in the way must be told from a hub that is not there."""
+        import ssl
+
+        if asks_patience(getattr(error, "response", None)):
+            return ABSENT
+        never = isinstance(error, OSError) and not isinstance(error, ssl.SSLError)
+        return ABSENT if never and not self._reached else REFUSED
+
+    @contextlib.contextmanager
+    def _ending(self, closed, timed_out):
+        """Turn the library's end of a connection into ours, of these kinds."""
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            yield
+        except ConnectionClosed as end:
+            code = end.rcvd.code if end.rcvd else None
+            raise Ended(CLOSE_CODES.get(code, closed), why_closed(end)) from end
+        except TimeoutError as end:
+            raise Ended(timed_out, "it is open, but nothing comes through") from end
+
+    # -- both directions
+
+    def _receive(self, timeout=None):
+        """The frames of all messages that have come, waiting for the first."""
+        from websockets.exceptions import ConnectionClosed
+
+        messages = [self._ws.recv(timeout)]
+        with contextlib.suppress(TimeoutError, ConnectionClosed):  # the next call says it again
+            while len(messages) < self.AT_ONCE:
+                messages.append(self._ws.recv(0))
+        return [frame for frame in map(frame_of, messages) if frame]
+
+    def _write(self):
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            while not self._over:
+                self.wake.wait()
+                self.wake.clear()
+                self._send_waiting()
+                if self.agent.stop.is_set():
+                    return self._ws.close(1001, "the agent stops")
+        except ConnectionClosed:
+            pass  # the reader says why
+        except Exception:
+            log.exception("sending failed")
+            self._cut()
+
+    def _send_waiting(self):
+        """Send what waits; each frame is taken by the socket before the next one is made."""
+        outgoing = self.agent.outgoing
+        self._send(*outgoing.take_urgent())
+        for frame in outgoing.take(time.monotonic()):
+            self._send(frame, *outgoing.take_urgent())
+
+    def _send(self, *frames):
+        for frame in frames:
+            self._ws.send(json.dumps(frame))
+
+
+def tune(sock, patience_s):
+    """Have the kernel give up on a peer that takes nothing, which no ping can find out while a
+    message is stuck before it; and keep little unsent, so that keystrokes overtake logs."""
+    options = {"TCP_USER_TIMEOUT": int(patience_s * 1000), "TCP_NOTSENT_LOWAT": 128 * KB}
+    for name, value in options.items():
+        with contextlib.suppress(AttributeError, OSError):  # not on every system
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def asks_patience(response):
+    """Whether it is a hub that answers, to say that it has no time."""
+    if response is None or response.status_code not in (429, 503):
+        return False
+    return b'"detail"' in (response.body or b"")
+
+
+def why_closed(end):
+    if end.rcvd:
+        return end.rcvd.reason or f"closed by the hub with code {end.rcvd.code}"
+    return end.sent.reason if end.sent and end.sent.reason else "the connection broke"
+
+
+def frame_of(message):
+    """The frame in a message, or None."""
+    try:
+        frame = json.loads(message)
+    except (ValueError, RecursionError):
+        frame = None
+    if isinstance(frame, dict):
+        return frame
+    log.warning("what came from the hub is no frame: %s", printable(message[:100]))
+
+
 class PollCarrier:
     """Protocol 2 over POST server/poll: one call waits for the hub, another carries frames.
 
     A call whose answer is lost is repeated with its number, so that it has one effect. When
     the hub does not know us, both lanes let go of their calls and the carrying one syncs."""
 
-    def __init__(self, hub, agent):
+    def __init__(self, hub, agent, numbers, came_back):
         self.hub = hub
         self.agent = agent
         self.settings = agent.settings
-        self.stop = agent.stop
+        self.stop = threading.Event()
         self.wake = agent.outgoing.wake
         self.synced = threading.Event()
         self.connection = 0  # rises with each sync, so that a lane knows its call is stale
+        self._came_back = came_back
         self._lock = threading.Lock()
-        self._seq = 0
+        self._numbers = numbers
         self._down = False
         self._refusals = Backoff(self.settings.refused_max_s)
+        self._lanes = [Loop(self.carry, self.stop), Loop(self.listen, self.stop)]
+
+    def start(self):
+        for lane in self._lanes:
+            lane.start()
+
+    def end(self, limit_s):
+        """No new calls; whether none carries frames any more. The waiting call, which the hub
+        answers as soon as another carrier syncs, still hands on what it brings."""
+        self.stop.set()
+        self.wake.set()
+        carrying = self._lanes[0]
+        carrying.join(limit_s)
+        return not carrying.is_alive()
 
     # -- steps of threads
 
@@ -1973,7 +3488,7 @@ class PollCarrier:
         frames = self.agent.outgoing.take(time.monotonic())
         if frames and self.synced.is_set():
             try:
-                self.agent.received(self._post(self._next_seq(), frames, 0, limit_s))
+                self.agent.received(self._post(next(self._numbers), frames, 0, limit_s))
             except HubError as error:
                 log.info("the last reports stay on the disk: %s", error)
 
@@ -1982,25 +3497,27 @@ class PollCarrier:
     def _sync(self):
         with self._lock:
             self.connection += 1
-        if self._call(self.agent.opening(), 0, syncing=True):
+        if self._call([self.agent.auth(), self.agent.sync()], 0, syncing=True):
             self.synced.set()
             self.wake.set()
 
     def _call(self, frames, wait, syncing=False):
         """Make a call until it is answered (True) or no longer wanted (False)."""
-        connection, seq = self.connection, self._next_seq()
+        connection, seq = self.connection, next(self._numbers)
         backoff = Backoff(self.settings.backoff_max_s)
         while not self.stop.is_set() and self.connection == connection:
             try:
                 answer = self._post(seq, frames, wait, wait + 15)
             except HubError as error:
+                if self.stop.is_set():
+                    return False
                 self._report(error)
                 if not retryable(error):
                     self._start_afresh(error, connection, syncing)
                     return False
                 self.stop.wait(backoff.pause())
                 continue
-            if self.connection == connection:
+            if self.connection == connection and not (syncing and self.stop.is_set()):
                 self._up()
                 self.agent.received(answer)
                 return True
@@ -2020,11 +3537,6 @@ class PollCarrier:
         body = {"instance": self.agent.instance, "seq": seq, "wait": wait, "frames": frames}
         return self.hub.post("server/poll", body, timeout)["frames"]
 
-    def _next_seq(self):
-        with self._lock:
-            self._seq += 1
-            return self._seq
-
     def _report(self, error):
         """Say once that the hub is away; a refusal is said each time."""
         if error.code == "sync_required":
@@ -2038,6 +3550,7 @@ class PollCarrier:
     def _up(self):
         if self._down:
             log.info("the hub answers again")
+            self._came_back()  # the socket may have failed for the same reason
         self._down = False
         self._refusals.reset()
 
@@ -2045,18 +3558,25 @@ class PollCarrier:
 class Heartbeat:
     """A sign of life of its own, so that nothing else can make the server look dead."""
 
-    def __init__(self, hub, stop, interval_s):
+    def __init__(self, hub, agent, line):
         self.hub = hub
-        self.stop = stop
-        self.interval_s = interval_s
+        self.agent = agent
+        self.line = line
 
     def step(self):
+        vital = {"system_info": system_info()}
+        if self.line.socket:
+            self.agent.outgoing.say({"type": "heartbeat", **vital})
+        else:
+            self._post(vital)
+        self.agent.stop.wait(self.agent.heartbeat_s)
+
+    def _post(self, vital):
         try:
-            answer = self.hub.post("servers/heartbeat", {"system_info": system_info()})
-            self.interval_s = float(answer.get("heartbeat_s") or self.interval_s)
+            answer = self.hub.post("servers/heartbeat", vital)
+            self.agent.heartbeat_s = float(answer.get("heartbeat_s") or self.agent.heartbeat_s)
         except HubError as error:
             log.debug("no heartbeat: %s", error)  # the carrier says the same, once
-        self.stop.wait(self.interval_s)
 
 
 class Loop(threading.Thread):
@@ -2195,20 +3715,18 @@ def serve(config, state_dir):
     hub = Hub(config["hub_url"], config["api_key"])
     agent = Agent(config, state_dir, settings_of(config), stop)
     agent.recover()
-    carrier = PollCarrier(hub, agent)
-    carry = Loop(carrier.carry, stop)
+    line = Line(hub, agent)
+    line.start()
     steps = (
-        *(carrier.listen, Heartbeat(hub, stop, 30).step, agent.run_command, agent.press_keys),
+        *(Heartbeat(hub, agent, line).step, agent.run_command, agent.serve_terminals),
         *(agent.watch, agent.send_logs, agent.send_screens),
     )
-    for loop in (carry, *(Loop(step, stop) for step in steps)):
-        loop.start()
+    for step in steps:
+        Loop(step, stop).start()
     asked_to_stop.get()
     stop.set()
-    carry.join(0.4)
-    if not carry.is_alive():
-        carrier.flush(0.5)
-    log.info("stopped; sessions go on in tmux")
+    line.end()
+    log.info("stopped; sessions in tmux go on")
 
 
 def parse_arguments(argv):

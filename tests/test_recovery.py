@@ -1,0 +1,351 @@
+"""Workflow 7 with real parts: agents, hubs and connections die, sessions and their logs do not."""
+
+import base64
+import contextlib
+import json
+import os
+import random
+import re
+import socket
+import sys
+import threading
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from conftest import wait_until
+
+FAST = {"tick_s": 0.2, "due_s": 0.2, "offline_after_s": 2, "grace_s": 0.6}
+LINES = 104_858  # of 100 bytes: 10 MB
+PACE_S = 0.015  # after every 100 lines, so that there is time for many deaths
+
+# Prints numbered lines, then waits until a file appears, then exits 0.
+NUMBERED = """
+import os, sys, time
+lines, pace, until = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+for n in range(lines):
+    print(f"{n:08d} {'x' * 89}")
+    if n % 100 == 99:
+        sys.stdout.flush()
+        time.sleep(pace)
+sys.stdout.flush()
+while not os.path.exists(until):
+    time.sleep(0.05)
+"""
+
+
+def numbered(lines: int) -> bytes:
+    return b"".join(b"%08d %s\r\n" % (n, b"x" * 89) for n in range(lines))
+
+
+@pytest.fixture
+def seed():
+    """The dice of a test; what they showed is printed when it fails."""
+    value = int(os.environ.get("SEED") or random.randrange(2**32))
+    print(f"SEED={value}")
+    return random.Random(value)
+
+
+@pytest.fixture
+def end_file(tmp_path):
+    return tmp_path / "enough"
+
+
+@pytest.fixture
+def run_numbered(shop, end_file, tmp_path):
+    """Start the numbered program as a task; its id once it runs, and its session's."""
+    program = tmp_path / "numbered.py"
+    program.write_text(NUMBERED)
+
+    def run(lines: int, pace: float = PACE_S) -> tuple[str, str]:
+        command = [sys.executable, str(program), str(lines), str(pace), str(end_file)]
+        made = {"title": "numbered", "command": command, "auto_assign": True}
+        task_id = shop.api("POST", "tasks", made)["id"]
+        wait_until(lambda: status_of(shop, task_id) == "running", 20)
+        return task_id, shop.api("GET", f"tasks/{task_id}")["session_id"]
+
+    return run
+
+
+def status_of(hub, task_id: str) -> str:
+    return hub.api("GET", f"tasks/{task_id}")["status"]
+
+
+def session_of(hub, session_id: str) -> dict:
+    return hub.api("GET", f"sessions/{session_id}")
+
+
+def whole_log(hub, session_id: str) -> bytes:
+    """The record of a session from its first byte to its last."""
+    pieces, offset = [], 0
+    while True:
+        answer = hub.ask("GET", f"sessions/{session_id}/output?offset={offset}")
+        assert answer.ok and int(answer.headers["X-Offset"]) == offset, answer.headers
+        if not answer.content:
+            return b"".join(pieces)
+        pieces.append(answer.content)
+        offset = int(answer.headers["X-Next-Offset"])
+
+
+def compare(found: bytes, expected: bytes) -> None:
+    """Fails with the numbers of lines that are missing or come twice."""
+    if found == expected:
+        return
+    seen = [int(n) for n in re.findall(rb"(?m)^(\d{8}) x{89}\r$", found)]
+    missing = sorted(set(range(expected.count(b"\n"))) - set(seen))
+    doubled = sorted({n for n in seen if seen.count(n) > 1}) if len(seen) < 10**4 else "…"
+    pytest.fail(f"{len(found)} of {len(expected)} bytes; missing {missing[:10]}, twice {doubled}")
+
+
+def types(hub, **where) -> list[str]:
+    """The types of the events about a session or a task, oldest first."""
+    events = hub.api("GET", "events?limit=1000")["events"]
+    return [e["type"] for e in events if where.items() <= e.items()]
+
+
+# ── workflow 7 ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.hub(**FAST)
+@pytest.mark.parametrize("carrier", ["socket", "poll"])
+def test_an_agent_dies_and_its_work_goes_on_as_if_nothing_had_been(
+    shop, start_agent, run_numbered, end_file, carrier
+):
+    agent = start_agent(shop, "dev", slots=2)
+    agent.stop()
+    agent.config.write_text(agent.config.read_text() + f"carrier: {carrier}\n")
+    agent.start()
+    task_id, session_id = run_numbered(3000, 0.05)
+    wait_until(lambda: session_of(shop, session_id)["log_end"] > 20_000, 20)
+    pid = session_of(shop, session_id)["pid"]
+    agent.kill()
+    wait_until(lambda: session_of(shop, session_id)["status"] == "disconnected", 10)
+    wait_until(lambda: not agent.is_online(), 10)
+    os.kill(pid, 0)  # the terminal lives on
+    assert status_of(shop, task_id) == "running"
+    agent.start()
+    wait_until(lambda: session_of(shop, session_id)["status"] == "recovering", 10)
+    wait_until(lambda: session_of(shop, session_id)["status"] == "active", 10)
+    assert session_of(shop, session_id)["pid"] == pid
+    assert status_of(shop, task_id) == "running"
+    end_file.touch()
+    wait_until(lambda: status_of(shop, task_id) == "done", 30)
+    wait_until(lambda: session_of(shop, session_id)["status"] == "closed", 10)
+    wait_until(lambda: len(whole_log(shop, session_id)) >= 300_000, 20)
+    compare(whole_log(shop, session_id), numbered(3000))
+    assert types(shop, session_id=session_id, task_id=task_id)[-5:] == [
+        "session_disconnected",
+        "session_recovered",
+        "session_active",
+        "task_completed",
+        "session_closed",
+    ]
+    about_server = types(shop, session_id=None, task_id=None)
+    assert about_server.count("server_offline") == 1
+    assert types(shop, task_id=task_id).count("task_started") == 1
+    assert types(shop, task_id=task_id).count("task_assigned") <= 1
+
+
+@pytest.mark.hub(**FAST)
+def test_a_session_that_ended_while_its_agent_was_dead_is_reported_with_code_and_output(
+    shop, start_agent
+):
+    agent = start_agent(shop, "dev")
+    go = agent.folder / "go"
+    script = f"while [ ! -e {go} ]; do sleep 0.05; done; echo last words; exit 7"
+    made = {"title": "t", "command": ["sh", "-c", script], "auto_assign": True}
+    task_id = shop.api("POST", "tasks", made)["id"]
+    wait_until(lambda: status_of(shop, task_id) == "running", 20)
+    session_id = shop.api("GET", f"tasks/{task_id}")["session_id"]
+    agent.kill()
+    go.touch()
+    wait_until(lambda: "1" in agent.tmux("list-panes", "-a", "-F", "#{pane_dead}"), 10)
+    agent.start()
+    ended = wait_until(lambda: (s := session_of(shop, session_id))["status"] == "closed" and s, 10)
+    assert ended["exit_code"] == 7
+    assert shop.api("GET", f"tasks/{task_id}")["status"] == "failed"
+    wait_until(lambda: whole_log(shop, session_id) == b"last words\r\n", 10)
+
+
+@pytest.mark.hub(**FAST)
+def test_a_hub_dies_and_agents_and_watchers_come_back_by_themselves(
+    shop, start_agent, run_numbered, end_file
+):
+    start_agent(shop, "dev")
+    task_id, session_id = run_numbered(6000, 0.15)
+    watcher = Watcher(shop, session_id)
+    watcher.until(lambda: len(watcher.shown) > 10_000)
+    for end in (shop.kill, shop.stop):
+        before = session_of(shop, session_id)["log_end"]
+        watcher.repaints = 0
+        end()
+        shop.start()
+        wait_until(lambda: session_of(shop, session_id)["status"] == "active", 20)
+        wait_until(lambda before=before: session_of(shop, session_id)["log_end"] > before, 20)
+        watcher.until(lambda: watcher.repaints > 0 and len(watcher.shown) > 1000)
+    assert status_of(shop, task_id) == "running"
+    end_file.touch()
+    wait_until(lambda: status_of(shop, task_id) == "done", 40)
+    wait_until(lambda: len(whole_log(shop, session_id)) >= 600_000, 20)
+    compare(whole_log(shop, session_id), numbered(6000))
+    watcher.close()
+    assert types(shop, task_id=task_id).count("task_started") == 1
+
+
+class Watcher(threading.Thread):
+    """Watches a session as our clients do: goes on where it was, begins anew when it must."""
+
+    def __init__(self, hub, session_id: str):
+        super().__init__(daemon=True)
+        self.url = hub.url.replace("http", "ws") + f"/ws/terminal/{session_id}"
+        self.headers = {"Authorization": f"Bearer {hub.login()}"}
+        self.shown, self.offset, self.repaints = b"", None, 0
+        self.over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.over.is_set():
+            with contextlib.suppress(OSError, ConnectionClosed, TimeoutError):
+                self._watch()
+            self.over.wait(0.2)
+
+    def _watch(self) -> None:
+        with connect(self.url, additional_headers=self.headers, compression=None) as ws:
+            ws.send(json.dumps({"type": "resume", "offset": self.offset}))
+            while not self.over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    self._take(json.loads(ws.recv(0.5)))
+
+    def _take(self, frame: dict) -> None:
+        if frame["type"] != "output":
+            return
+        data = base64.b64decode(frame["data"])
+        if frame.get("repaint"):
+            self.shown, self.repaints = b"", self.repaints + 1
+        else:
+            assert frame["offset"] == self.offset
+        self.offset = frame["offset"] + len(data)
+        self.shown += data
+
+    def until(self, condition) -> None:
+        wait_until(condition, 20)
+
+    def close(self) -> None:
+        self.over.set()
+        self.join(10)
+
+
+# ── ten megabytes, twenty deaths ──────────────────────────────────────────────────────────────
+
+
+def thresholds(seed: random.Random, total: int, count: int = 20) -> list[int]:
+    return sorted(seed.randrange(total) for _ in range(count))
+
+
+@pytest.mark.hub(**FAST)
+@pytest.mark.timeout(240)
+def test_no_byte_is_missing_or_doubled_when_the_agent_is_killed_twenty_times(
+    shop, start_agent, run_numbered, end_file, seed
+):
+    agent = start_agent(shop, "dev")
+    task_id, session_id = run_numbered(LINES)
+    for at in thresholds(seed, LINES * 100):
+        wait_until(lambda at=at: session_of(shop, session_id)["log_end"] >= at, 60, 0.005)
+        agent.kill()
+        agent.start()
+    end_file.touch()
+    wait_until(lambda: status_of(shop, task_id) == "done", 90)
+    wait_until(lambda: session_of(shop, session_id)["log_end"] >= LINES * 100, 60)
+    compare(whole_log(shop, session_id), numbered(LINES))
+
+
+@pytest.mark.hub(**FAST)
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("carrier", ["socket", "poll"])
+def test_no_byte_is_missing_or_doubled_when_the_connection_is_cut_twenty_times(
+    shop, start_agent, run_numbered, end_file, seed, carrier
+):
+    agent = start_agent(shop, "dev")
+    agent.stop()
+    cutter = Cutter(shop.settings["port"])
+    text = agent.config.read_text().replace(shop.url, cutter.url)
+    agent.config.write_text(text + f"carrier: {carrier}\nbackoff_max_s: 0.5\n")
+    agent.start()
+    try:
+        task_id, session_id = run_numbered(LINES)
+        marks = thresholds(seed, LINES * 100)
+        for before, at in zip([0, *marks], marks, strict=False):
+            cutter.cut_after(at - before)
+            wait_until(lambda: cutter.left is None, 90, 0.005)
+        end_file.touch()
+        wait_until(lambda: status_of(shop, task_id) == "done", 90)
+        wait_until(lambda: session_of(shop, session_id)["log_end"] >= LINES * 100, 60)
+        compare(whole_log(shop, session_id), numbered(LINES))
+        assert cutter.cuts == 20
+        assert status_of(shop, task_id) == "done"
+    finally:
+        agent.stop()
+        cutter.close()
+
+
+class Cutter:
+    """Passes bytes to the hub and back; at a given byte on the way up it resets that connection,
+    the byte itself and what is behind it never arriving."""
+
+    def __init__(self, port: int):
+        self.port = port
+        self.left: int | None = None  # bytes that may still pass before the cut
+        self.cuts = 0
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def cut_after(self, size: int) -> None:
+        with self._lock:
+            self.left = size
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.port))
+                self._open |= {near, far}
+                for pair, up in (((near, far), True), ((far, near), False)):
+                    thread = threading.Thread(target=self._pump, args=(*pair, up), daemon=True)
+                    self._threads.append(thread)
+                    thread.start()
+
+    def _pump(self, source, target, up: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                allowed = self._allowed(len(data)) if up else len(data)
+                target.sendall(data[:allowed])
+                if allowed < len(data):
+                    break
+        for sock in (source, target):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def _allowed(self, size: int) -> int:
+        with self._lock:
+            if self.left is None or size <= self.left:
+                self.left = None if self.left is None else self.left - size
+                return size
+            allowed, self.left = self.left, None
+            self.cuts += 1
+            return allowed
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for sock in self._open:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(5)
+        for sock in self._open:
+            sock.close()
