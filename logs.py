@@ -322,12 +322,8 @@ class LogStore:
         log.error(said, exc_info=error if ours else None)
 
     def _tell(self, batch: list[_Job], ends: dict[str, int], begun: dict[str, str]) -> None:
-        last = {job.session_id: job for job in batch if job.then}
-        for job in batch:
-            job.stored = job.session_id in ends
-            if job.done:
-                job.done.set()
-        calls = [(job.then, ends[job.session_id]) for job in last.values() if job.stored]
+        last = {job.session_id: job.then for job in batch if job.then}
+        calls = [(then, ends[name]) for name, then in last.items() if name in ends]
         if self.removed:
             calls += [(self.removed, *said) for said in begun.items()]
         for call, *values in calls:
@@ -335,6 +331,10 @@ class LogStore:
                 call(*values)
             except Exception:
                 log.exception("what waited for a log could not be told")
+        for job in batch:
+            if job.done:
+                job.stored = job.session_id in ends
+                job.done.set()
 
     # ── within a commit ───────────────────────────────────────────────────────────────────────
 

@@ -20,12 +20,17 @@
   const screen = document.getElementById("screen");
   const screenPart = document.getElementById("screen-part");
   const decoder = new TextDecoder();
+  const NEWLINE = new Uint8Array([10]);
   const tail = document.createTextNode(""); // shows `line`, the one still being written
   let offset = Math.max(0, Number(log.dataset.end) - BEGIN_WITH);
   let carry = "";
   let line = "";
   let shown = 0;
   let timer = null;
+  const first = offset;
+  const said = new Set();
+  let marks = []; // what is missing from the log, as far as it has not been said
+  let marksStale = true;
 
   log.append(tail);
   if (offset > 0) note.textContent = `from byte ${offset.toLocaleString()} on`;
@@ -50,18 +55,66 @@
     log.insertBefore(document.createTextNode(done), tail);
     shown += done.length;
     while (shown > KEEP && log.firstChild !== tail.previousSibling) {
-      shown -= log.firstChild.data.length;
+      shown -= log.firstChild.textContent.length;
       log.firstChild.remove();
     }
+  }
+
+  function say(text) {
+    decoder.decode(); // half a character or sequence before it is all there is of it
+    carry = "";
+    if (line) write(NEWLINE);
+    const mark = document.createElement("span");
+    mark.className = "quiet";
+    mark.textContent = `… ${text} …\n`;
+    log.insertBefore(mark, tail);
+    shown += mark.textContent.length;
+  }
+
+  function sizeText(bytes) {
+    if (bytes >= 1e6) return `${(bytes / 1e6).toFixed(1)} MB`;
+    return bytes >= 1e3 ? `${(bytes / 1e3).toFixed(1)} kB` : `${bytes} bytes`;
+  }
+
+  function sayMark({ kind, from, to, why }) {
+    said.add(from);
+    const size = to === null ? "output" : sizeText(to - Math.max(from, offset));
+    say(`${size} ${kind === "removed" ? "removed" : "missing"}: ${why}`);
+  }
+
+  async function readMarks() {
+    const answer = await fetch(log.dataset.output.replace(/output$/, "marks"));
+    if (!answer.ok) throw new Error(`the hub answered ${answer.status}`);
+    // One of unknown length may be heard of only after what follows it.
+    marks = (await answer.json()).marks.filter(({ from, to }) =>
+      to === null ? from >= first && !said.has(from) : to > offset);
+    marksStale = false;
+  }
+
+  // The bytes that begin at `begins`, with what is missing before and between them.
+  function writeMarked(bytes, begins) {
+    const end = begins + bytes.length;
+    let at = begins;
+    while (marks.length && marks[0].from < end) {
+      const mark = marks.shift();
+      if (mark.from > at) {
+        write(bytes.subarray(at - begins, mark.from - begins));
+        at = offset = mark.from;
+      }
+      sayMark(mark);
+    }
+    write(bytes.subarray(at - begins));
   }
 
   async function readLog() {
     const answer = await fetch(`${log.dataset.output}?offset=${offset}`);
     if (!answer.ok) throw new Error(`the hub answered ${answer.status}`);
     const bytes = new Uint8Array(await answer.arrayBuffer());
-    offset = Number(answer.headers.get("X-Next-Offset"));
-    if (bytes.length) {
-      write(bytes);
+    const begins = Number(answer.headers.get("X-Offset"));
+    if (marksStale || begins > offset) await readMarks();
+    if (bytes.length || begins !== offset) {
+      writeMarked(bytes, begins);
+      offset = Number(answer.headers.get("X-Next-Offset"));
       if (follow.checked) log.scrollTop = log.scrollHeight;
     }
     return bytes.length;
@@ -102,7 +155,9 @@
   }, { passive: true });
   document.addEventListener("visibilitychange", schedule);
   document.body.addEventListener("orchestratia:event", (event) => {
-    if (log.dataset.output.includes(event.detail.session_id)) schedule();
+    if (!log.dataset.output.includes(event.detail.session_id)) return;
+    if (event.detail.type?.startsWith("session_log")) marksStale = true;
+    schedule();
   });
   step();
 })();

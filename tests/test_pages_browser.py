@@ -1,5 +1,7 @@
 """The dashboard in a real Chromium, against a real hub process."""
 
+import base64
+import itertools
 import re
 import subprocess
 import sys
@@ -448,6 +450,35 @@ def test_a_session_is_followed_to_its_end(shop, agent, page):
     expect(page.locator("#live")).to_contain_text("exit code 0")
     expect(page.locator("#screen")).to_contain_text("100 %")
     expect(page.get_by_role("button", name="Close session")).to_have_count(0)
+
+
+def test_what_is_missing_from_a_log_is_said_in_it(shop, page):
+    key, calls, spooled = serve(shop), itertools.count(1), itertools.count(1)
+    made = shop.api("POST", "sessions", {"server_id": "dev", "name": "shell"})
+
+    def say(*frames):
+        body = {"instance": "i", "seq": next(calls), "wait": 0, "frames": frames}
+        shop.api("POST", "server/poll", body, key=key)
+
+    def block(offset, data):
+        coded = base64.b64encode(data).decode()
+        ours = {"type": "session_log", "session_id": made["id"]}
+        return ours | {"offset": offset, "data": coded}
+
+    def gap(start, stop, why):
+        ours = {"type": "session_gap", "session_id": made["id"], "spool": next(spooled)}
+        return ours | {"from": start, "to": stop, "why": why}
+
+    say({"type": "auth", "spool_id": "s"}, {"type": "sync", "instance": "i"})
+    say(block(0, b"one\ntw"), gap(6, 5000, "hub <away>"), block(5000, b"three\nfour\n"))
+    say(gap(5006, None, "pipe down"))
+    page.goto(f"/sessions/{made['id']}")
+    log = live(page).locator("#log")
+    shown = "one\ntw\n… 5.0 kB missing: hub <away> …\nthree\n… output missing: pipe down …\nfour\n"
+    expect(log).to_contain_text(shown)
+    say(gap(5011, 5021, "again"), block(5021, b"five\n"))
+    expect(log).to_contain_text("four\n… 10 bytes missing: again …\nfive\n")
+    assert log.text_content() == f"{shown}… 10 bytes missing: again …\nfive\n"
 
 
 def test_a_session_is_closed_by_hand(shop, agent, page):
