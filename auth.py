@@ -71,6 +71,7 @@ class Caller:
 
     kind: user, server, session or hub. roles: {project_id: key of RIGHTS}; a hub admin and the
     hub itself need none. session_id, task_id, attempt: of a session key. token_id: of a person.
+    key_hash: of a server, the key it has shown.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class Caller:
     task_id: str | None = None
     attempt: int | None = None
     token_id: str | None = None
+    key_hash: str | None = None
 
     @property
     def actor(self) -> str:
@@ -255,6 +257,7 @@ def by_key(key: str) -> Caller:
         found["name"],
         roles={found["project_id"]: "server"},
         server_id=found["id"],
+        key_hash=digest(key),
     )
 
 
@@ -290,7 +293,7 @@ def again(caller: Caller) -> Caller | None:
         if caller.kind == "session":
             return _by_session_key(session_key(caller.session_id))
         found = one("SELECT key_hash FROM server WHERE id = ? AND revoked = 0", (caller.id,))
-        return caller if found else None
+        return caller if found and found["key_hash"] == caller.key_hash else None
     except Unauthorised:
         return None
 
@@ -647,8 +650,12 @@ def find(table: str, caller: Caller, ref: str, *, name: str | None = None) -> di
     raise Conflict(
         f"{ref!r} fits {len(found)} {table}s: say more of the id.",
         code="ambiguous",
-        candidates=[{"id": r["id"], "name": r.get("name") or r.get("title")} for r in found[:20]],
+        candidates=[{"id": r["id"], "name": _called(r)} for r in found[:20]],
     )
+
+
+def _called(row: dict) -> str:
+    return row.get("name") or row.get("title") or row["question"]
 
 
 def _id_form(ref: str) -> str:

@@ -99,11 +99,12 @@ def terminal(connection: Wire, ref: str) -> None:
 def _show(connection: Wire, watcher: Watcher) -> None:
     """Send what is to be seen, at the pace the connection takes it."""
     try:
-        while not watcher.ended:
+        while not (watcher.ended or watcher.left):
             frames = watcher.frames(PAUSE_S)
             if frames:
                 connection.send_encoded(b"".join(text_frame(frame) for frame in frames))
-        connection.close(1000, "the session has ended")
+        if watcher.ended:
+            connection.close(1000, "the session has ended")
     except ConnectionClosed:
         watcher.close()
     except Refused as refused:
@@ -123,14 +124,16 @@ def dashboard(connection: Wire) -> None:
     try:
         caller = _arrived(connection)
         first = connection.receive(FIRST_S)
-        following = _follow(connection, caller, _after(first))
+        following, sending = _follow(connection, caller, _after(first))
         try:
             while True:
                 for text in connection.receive_all():
                     frame = _message(text)
                     if frame.get("type") == "resume":
+                        after = _after(text)
                         following.close()
-                        following = _follow(connection, caller, _after(text))
+                        sending.join()  # what it was at does not mix with what comes now
+                        following, sending = _follow(connection, caller, after)
         finally:
             following.close()
     except Refused as refused:
@@ -146,12 +149,15 @@ def _after(text: str | bytes | None) -> int | None:
 
 
 def _follow(connection: Wire, caller: Caller, after: int | None):
-    """Send events in a thread of its own; closing the subscription returned ends it."""
+    """Send events in a thread of its own until the subscription is closed: (subscription,
+    thread)."""
     live = bus.subscribe("events", "access")
 
     def run() -> None:
         try:
             for item in feed.follow(caller, after, live):
+                if live.closed:
+                    return
                 frames = _frames(item)
                 if frames:
                     connection.send_encoded(frames)
@@ -160,8 +166,9 @@ def _follow(connection: Wire, caller: Caller, after: int | None):
         except ConnectionClosed:
             live.close()
 
-    threading.Thread(target=run, name="to a dashboard", daemon=True).start()
-    return live
+    thread = threading.Thread(target=run, name="to a dashboard", daemon=True)
+    thread.start()
+    return live, thread
 
 
 def _frames(item) -> bytes:

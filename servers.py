@@ -59,6 +59,7 @@ def register(data: dict, address: str) -> dict:
             server=server.id,
         )
         tx.tell(f"server:{server.id}", "revoked")  # whoever still uses the old key
+        tx.tell("access")
     return {
         "id": server.id,
         "api_key": key,
@@ -73,21 +74,27 @@ def register(data: dict, address: str) -> dict:
 def _registered_columns(data: dict, address: str) -> dict:
     system = data.get("system_info") or {}
     declared = data.get("capabilities") or {}
+    older = data.get("capabilities") is None and "agent_version" in system
     return {
+        "protocol": 1 if older else 2,  # as far as one can tell before it has connected
         "hostname": data.get("hostname") or "",
         "os": data.get("os") or "",
         "machine_id": data.get("machine_id") or "",
         "repos": repos_of(data.get("repos")),
         "info": system | {"address": address},
-        "slots": declared.get("slots") or (system.get("cpu_count") or 1) + 2,
+        "slots": declared.get("slots") or _slots_for(system.get("cpu_count")),
         **{kind: declared.get(kind) for kind in cascade.LISTS},
     }
+
+
+def _slots_for(cpus) -> int:
+    return min(cpus + 2, SLOTS_MOST) if isinstance(cpus, int) and cpus > 0 else 3
 
 
 def repos_of(given: dict | None) -> dict:
     """{name: {path, branch}} from either form an agent may send."""
     return {
-        name: value if isinstance(value, dict) else {"path": value, "branch": None}
+        name: value if isinstance(value, dict) else {"path": value or "", "branch": None}
         for name, value in (given or {}).items()
     }
 
@@ -137,7 +144,7 @@ def server_json(row: dict) -> dict:
         "declared": loads(row["declared"]),
         "slots": value["slots"],
         "busy": row["busy"],
-        "manual": bool(row["manual"]),
+        "manual": value["manual"],
         "agent_version": row["agent_version"],
         "system_info": _life.info(row["id"]) or loads(row["info"]),
         "sessions": live["n"],

@@ -28,7 +28,9 @@ SKIP_S = 2.0  # a watcher that is too slow begins anew at most this often
 LINGER_S = 15.0  # a session nobody watches any more stays watched: a reload is no repaint
 LAST_BYTES = 128 * 1024  # of the log of a session that has ended, shown in place of a picture
 BATCH_BYTES = 64 * 1024  # of frames a watcher is given at once
+CHUNK_MOST = 64 * 1024  # bytes in one frame of an agent
 SIZE_MOST = 500  # columns or rows
+NOTES_MOST = 100  # that wait for a watcher; the oldest go first
 
 
 class Chunk:
@@ -91,6 +93,8 @@ class Stream:
     def add(self, data: str, repaint: bool) -> None:
         """The next piece of the stream, base64-coded. Raises ValueError when it is not."""
         size = len(a2b_base64(data, strict_mode=True))
+        if size > CHUNK_MOST:
+            raise ValueError(f"{size} bytes of output at once, the most is {CHUNK_MOST}")
         with self.lock:
             if self._torn and not repaint:
                 return  # the rest of a stream whose beginning nobody has
@@ -208,7 +212,9 @@ class Watcher:
         self.began_at = 0.0  # when they last began at a repaint
         self.size: tuple[int, int] | None = None  # what their window would hold
         self.ended = False  # the session is over, and they have been told
-        self._notes: deque[dict] = deque(maxlen=100)
+        self.left = False  # they are gone
+        self._notes: deque[dict] = deque(maxlen=NOTES_MOST)
+        self._history: bytes | None = None  # the scrollback they have asked for, the newest
         self._said: dict[str, dict] = {}
         self._looked = True
         self._access = False
@@ -234,6 +240,8 @@ class Watcher:
         self._ready.set()
 
     def close(self) -> None:
+        self.left = True
+        self._ready.set()
         bus.drop(self)
         streams.leave(self)
 
@@ -248,6 +256,8 @@ class Watcher:
         self._ready.clear()
         self._check_rights()
         frames = [dumps(note).encode() for note in self._news()]
+        history, self._history = self._history, None
+        frames += [history] if history else []
         frames += self.stream.read(self)
         if frames:
             self._ready.set()  # there may be more
@@ -319,6 +329,11 @@ class Watcher:
     def note(self, frame: dict) -> None:
         """Say something to this watcher alone."""
         self._notes.append(frame)
+        self._ready.set()
+
+    def show_history(self, frame: bytes) -> None:
+        """Show the scrollback, in place of an older one that was not sent yet."""
+        self._history = frame
         self._ready.set()
 
     # ── where they are (the stream holds its lock) ────────────────────────────────────────────
@@ -433,6 +448,8 @@ class Streams:
 
     def leave(self, watcher: Watcher) -> None:
         stream = watcher.stream
+        with self._lock:
+            self._asking.get(watcher.session_id, set()).discard(watcher)
         with stream.lock:
             stream.watchers.discard(watcher)
             stream.left_at = time.monotonic()
@@ -495,11 +512,16 @@ class Streams:
         """Lines an agent sent, for those who asked for them."""
         if not self._of(server_id, frame["session_id"]):
             return
-        lines = [str(line) for line in frame["lines"]]
+        lines = frame["lines"]
+        if not isinstance(lines, list):
+            raise ValueError("`lines` is a list")
         with self._lock:
-            asking = self._asking.pop(frame["session_id"], set())
+            asking = self._asking.pop(frame["session_id"], None)
+        if not asking:
+            return
+        shown = dumps({"type": "scrollback", "lines": [str(line) for line in lines]}).encode()
         for watcher in asking:
-            watcher.note({"type": "scrollback", "lines": lines})
+            watcher.show_history(shown)
 
     def server_back(self, server_id: str) -> None:
         """The agent has connected anew: it has to be told again what is watched."""

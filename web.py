@@ -19,6 +19,7 @@ log = logging.getLogger("orchestratia.web")
 
 COOKIE = "orchestratia"
 SAFE = ("GET", "HEAD", "OPTIONS")
+KEPT_HEADERS = ("Allow", "Retry-After", "Sec-WebSocket-Version", "Upgrade")  # of an error
 STATUS = {
     cascade.IllegalMove: 409,
     cascade.Cycle: 409,
@@ -40,7 +41,7 @@ class HubRequest(Request):
             return {}
         return super().get_json(force=force, silent=silent, cache=cache)
 
-    def on_json_loading_failure(self, error):
+    def on_json_loading_failed(self, error):
         why = f": {error}" if isinstance(error, ValueError) else ""
         raise BadRequest(f"The request body is not valid JSON{why}. Send a JSON object.")
 
@@ -115,8 +116,8 @@ def person_or_none() -> auth.Caller | None:
 
 def by_cookie() -> bool:
     """Whether the browser's cookie alone identifies the caller, so that other sites could too."""
-    scheme = request.headers.get("Authorization", "").partition(" ")[0].lower()
-    return not (request.headers.get("X-API-Key") or scheme == "bearer")
+    kind, _, token = request.headers.get("Authorization", "").partition(" ")
+    return not (request.headers.get("X-API-Key") or (kind.lower() == "bearer" and token))
 
 
 def check_own() -> None:
@@ -191,7 +192,7 @@ def _http_error(error: HTTPException):
         413: "The request is too large for this hub.",
     }
     detail = sentences.get(error.code) or error.description or error.name
-    headers = {k: v for k, v in error.get_headers() if k in ("Allow", "Retry-After")}
+    headers = {k: v for k, v in error.get_headers() if k in KEPT_HEADERS}
     return answer(error.code, detail, names.get(error.code, "bad_request"), headers=headers)
 
 
@@ -234,6 +235,7 @@ def init_app(app) -> None:
     app.tags = ["Hub", "Work", "Agents"]  # by itself it names one twice that is mounted twice
     app.json = HubJSON(app)
     app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False  # by a redirect, which old clients turn into a GET
     app.before_request(check_own)
     app.after_request(_headers)
     app.error_processor(_invalid_request)

@@ -28,13 +28,15 @@ log = logging.getLogger("orchestratia.ws")
 _quiet = logging.getLogger("orchestratia.ws.protocol")  # the library tells of every end
 _quiet.setLevel(logging.WARNING)
 
-RECV_BYTES = 64 * 1024
+RECV_BYTES = 16 * 1024  # of the smallest frames as many as fit are parsed in some 10 ms
 STRANGER_MOST = 64 * 1024  # bytes in a message of somebody who has not said who they are
 QUIET_S = 25.0  # silence after which a ping is sent, and the longest a send may be stuck
 GONE_S = 60.0  # silence after which the other side is taken for dead
 CLOSING_S = 2.0  # how long a closed connection may wait for the other side's farewell
 REASON_MOST = 120  # bytes of a reason in a close frame (RFC 6455: 123)
 YIELD_EVERY = 8  # messages of one peer after which others get their turn
+TURN_S = 1e-9  # to sleep 0 s lets only those run who are ready; with this, input is looked for too
+PONGS_MOST = 100  # that wait to be sent; a peer must not expect one for each ping (RFC 6455, 5.5.3)
 
 
 class UpgradeRequired(HTTPException):
@@ -42,7 +44,8 @@ class UpgradeRequired(HTTPException):
     description = "This hub speaks WebSocket version 13 only."
 
     def get_headers(self, *args, **kwargs):
-        return [*super().get_headers(*args, **kwargs), ("Sec-WebSocket-Version", "13")]
+        wanted = [("Sec-WebSocket-Version", "13"), ("Upgrade", "websocket")]
+        return [*super().get_headers(*args, **kwargs), *wanted]
 
 
 def text_frame(payload: bytes) -> bytes:
@@ -59,14 +62,15 @@ class Wire:
 
     def __init__(self, environ: dict):
         answer = _handshake(environ)
-        self._sock = _socket_of(environ)
+        self._sock, self._stream = _socket_of(environ)
         # Tells flask-sock what its server does with the answer that has been written already.
         self.mode = "werkzeug" if "werkzeug.socket" in environ else "gevent"
         self._sock.settimeout(QUIET_S)
         self._protocol = Protocol(SERVER, state=OPEN, max_size=STRANGER_MOST, logger=_quiet)
         self._rules = threading.Lock()  # around the protocol's state
         self._sending = threading.Lock()  # around the socket: whole frames only
-        self._answers: deque[bytes] = deque()  # of the protocol itself: pongs, farewells
+        # Of the protocol itself: pongs, and at the end a farewell.
+        self._answers: deque[bytes] = deque(maxlen=PONGS_MOST)
         self._messages: deque[str | bytes] = deque()
         self._parts: tuple[Opcode, bytearray] | None = None
         self._taken = 0
@@ -74,7 +78,8 @@ class Wire:
         self._ended = False
         self.heard = time.monotonic()
         _open.add(self)
-        self._write(answer)
+        with suppress(ConnectionClosed):  # its reader will see
+            self._write(answer)
 
     def allow(self, size: int) -> None:
         """Receive messages of up to `size` bytes from now on."""
@@ -108,7 +113,7 @@ class Wire:
         self._taken += len(taken)
         if self._taken >= YIELD_EVERY:
             self._taken = 0
-            time.sleep(0)
+            time.sleep(TURN_S)
         return taken
 
     def _receive_within(self, timeout: float) -> str | bytes | None:
@@ -126,10 +131,7 @@ class Wire:
         return self._messages.popleft()
 
     def _read(self, ping: bool = True) -> None:
-        if self._protocol.state is not OPEN:
-            self._end()
-        if self._closed:
-            raise ConnectionClosed(self._protocol.close_code)
+        self._check_open()
         try:
             data = self._sock.recv(RECV_BYTES)
         except TimeoutError:
@@ -140,6 +142,12 @@ class Wire:
             data = b""
         self.heard = time.monotonic()
         self._parse(data)
+        if not self._messages:
+            time.sleep(TURN_S)  # however much it was, it was nothing one waits for
+
+    def _check_open(self) -> None:
+        if self._closed or self._protocol.state is not OPEN:
+            raise ConnectionClosed(self._protocol.close_code)
 
     def _parse(self, data: bytes) -> None:
         with self._rules:
@@ -149,13 +157,12 @@ class Wire:
                 self._protocol.receive_eof()
             frames = self._protocol.events_received()
             self._answers += [part for part in self._protocol.data_to_send() if part]
-        if not self._closed:
-            for frame in frames:
+        for frame in frames:
+            if not self._closed:
                 self._assemble(frame)
         self._answer()
-        if self._protocol.state is not OPEN and not self._messages:
-            self._end()
-            raise ConnectionClosed(self._protocol.close_code)
+        if not self._messages:
+            self._check_open()
 
     def _assemble(self, frame: Frame) -> None:
         """Messages from frames: fragments are joined, text must be UTF-8."""
@@ -188,13 +195,12 @@ class Wire:
 
     def send_encoded(self, frames: bytes) -> None:
         """Send what `text_frame` made, or several joined. Raises ConnectionClosed."""
-        if self._closed:
-            raise ConnectionClosed(self._protocol.close_code)
         self._write(frames)
 
     def _write(self, data: bytes) -> None:
         try:
             with self._sending:
+                self._check_open()  # nothing follows a farewell
                 self._sock.sendall(data)
         except OSError as error:  # gone, or stuck for too long in the middle of a frame
             self._end()
@@ -204,15 +210,20 @@ class Wire:
     def _answer(self) -> None:
         """Send pongs and the like; the reader never waits for a peer that takes nothing, whoever
         is sending just now does it afterwards."""
-        while self._answers and self._sending.acquire(blocking=False):
+        while self._answers and not self._closed and self._sending.acquire(blocking=False):
             try:
-                while self._answers:
-                    self._sock.sendall(self._answers.popleft())
+                self._sock.sendall(self._waiting())
             except OSError as error:
                 self._end()
                 raise ConnectionClosed(1006) from error
             finally:
                 self._sending.release()
+
+    def _waiting(self) -> bytes:
+        with self._rules:
+            answers = b"".join(self._answers)
+            self._answers.clear()
+        return answers
 
     # ── closing ───────────────────────────────────────────────────────────────────────────────
 
@@ -222,19 +233,14 @@ class Wire:
             return
         self._closed = True
         _open.discard(self)
-        try:
-            with self._rules:
-                self._protocol.send_close(
-                    code, reason.encode()[:REASON_MOST].decode(errors="ignore")
-                )
-                farewell = b"".join(self._protocol.data_to_send())
-        except (InvalidState, ProtocolClosed):
-            return  # the other side has said farewell, and was answered
+        with self._rules, suppress(InvalidState, ProtocolClosed):  # they said it first: the answer
+            self._protocol.send_close(code, _short(reason))
+            self._answers += self._protocol.data_to_send()
         if not self._sending.acquire(timeout=CLOSING_S):
             return self._end()  # a send is stuck: no farewell would get through
         try:
             self._sock.settimeout(CLOSING_S)
-            self._sock.sendall(farewell)
+            self._sock.sendall(self._waiting())
             self._sock.shutdown(SHUT_WR)
         except OSError:
             pass  # it has ended already
@@ -242,18 +248,22 @@ class Wire:
             self._sending.release()
 
     def finish(self) -> None:
-        """The last thing its reader does: wait a moment for the other side's farewell, so that ours
-        is not lost, then let the connection go."""
+        """The last thing its reader does: take what still comes for a moment, so that our farewell
+        is not lost to a reset, then let the connection go."""
         self.close()
         deadline = time.monotonic() + CLOSING_S
         try:
+            self._sock.settimeout(CLOSING_S)
             while not self._ended and time.monotonic() < deadline:
-                self._sock.settimeout(CLOSING_S)
                 if not self._sock.recv(RECV_BYTES):
                     break
+                time.sleep(TURN_S)
         except OSError:
             pass  # it has ended already
         self._end()
+
+        if self.mode == "gevent":
+            self._stream.close()  # its server would take what was not read for a request
 
     def _end(self) -> None:
         self._ended = True
@@ -270,8 +280,14 @@ _stopping = threading.Event()
 def stop() -> None:
     """Close every open WebSocket because the hub stops."""
     _stopping.set()
-    for wire in list(_open):
-        wire.close(1012, "the hub restarts")
+    closing = [
+        threading.Thread(target=wire.close, args=(1012, "the hub restarts"), daemon=True)
+        for wire in list(_open)
+    ]
+    for thread in closing:  # side by side: some may be stuck
+        thread.start()
+    for thread in closing:
+        thread.join()
 
 
 def stopping() -> bool:
@@ -292,8 +308,12 @@ def _handshake(environ: dict) -> bytes:
         valid = len(b64decode(key, validate=True)) == 16
     except ValueError:
         valid = False
-    if not valid or environ["REQUEST_METHOD"] != "GET":
+    if not valid:
         raise BadRequest("This is no WebSocket handshake: Sec-WebSocket-Key is missing or wrong.")
+    if environ["REQUEST_METHOD"] != "GET" or environ["SERVER_PROTOCOL"] != "HTTP/1.1":
+        raise BadRequest("A WebSocket handshake is a GET request of HTTP/1.1.")
+    if environ.get("CONTENT_LENGTH") or environ.get("HTTP_TRANSFER_ENCODING"):
+        raise BadRequest("A WebSocket handshake has no body.")
     lines = (
         "HTTP/1.1 101 Switching Protocols",
         "Upgrade: websocket",
@@ -304,12 +324,12 @@ def _handshake(environ: dict) -> bytes:
     return "\r\n".join(lines).encode()
 
 
-def _socket_of(environ: dict):
-    """The connection itself, out of gevent's (or werkzeug's) environment."""
-    if "werkzeug.socket" in environ:
-        return environ["werkzeug.socket"]
+def _socket_of(environ: dict) -> tuple:
+    """The connection itself and the server's reader of it, from gevent's environment or
+    werkzeug's."""
     stream = environ["wsgi.input"]
-    return getattr(stream, "rfile", stream).raw._sock
+    stream = getattr(stream, "rfile", stream)
+    return environ.get("werkzeug.socket") or stream.raw._sock, stream
 
 
 flask_sock.Server = Wire

@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import pytest
 import requests
 from werkzeug.serving import make_server
@@ -42,6 +43,11 @@ from auth import HUB
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSWORD = "correct horse battery"
+
+
+# How long an example takes says nothing where other tests run beside it.
+hypothesis.settings.register_profile("orchestratia", deadline=None)
+hypothesis.settings.load_profile("orchestratia")
 
 
 def pytest_configure(config):
@@ -323,6 +329,14 @@ def check_invariants() -> None:
         " AND state IN ('starting', 'active', 'disconnected', 'recovering')"
         " GROUP BY task_id, attempt HAVING n > 1"
     ), "two live sessions for one attempt"
+    assert not models.rows(
+        "SELECT i.id FROM intervention i JOIN task t ON t.id = i.task_id WHERE i.status = 'pending'"
+        " AND (t.status <> 'needs_human' OR t.attempt <> i.attempt)"
+    ), "a question nobody waits for the answer of"
+    assert not models.rows(
+        "SELECT p.version FROM plan p JOIN task t ON t.id = p.task_id WHERE p.status = 'pending'"
+        " AND (t.status <> 'plan_review' OR t.attempt <> p.attempt)"
+    ), "a plan nobody can decide on"
     assert models.rows("PRAGMA foreign_key_check") == []
     assert models.rows("PRAGMA integrity_check") == [{"integrity_check": "ok"}]
 
