@@ -2703,13 +2703,19 @@ NOTICES = {
     "task_assigned": "New task for you. Run: orchestratia task view {}",
     "task_updated": "Your task was changed. Run: orchestratia task view {}",
     "task_cancelled": "Your task was cancelled, stop working on it: {}",
-    "task_status_update": "A task you ordered has ended. Run: orchestratia task view {}",
+    "task_status_update": "There is news of a task you ordered. Run: orchestratia task view {}",
+    "task_note": "There is a note on your task. Run: orchestratia task notes {}",
+    "plan_approved": "Your plan is approved, go on. Run: orchestratia task view {}",
+    "plan_revision": "Your plan is sent back to you. Run: orchestratia task view {}",
+    "intervention_response": "You have an answer. Run: orchestratia intervention show {}",
 }
 
 
-def notice(kind, task_id):
-    """The line that tells a session of a task. Raises AgentError unless the id is one."""
-    return NOTICES[kind].format(valid_id(task_id, "a task"))
+def notice(frame):
+    """The line that tells a session of a command. Raises AgentError unless its id is one."""
+    about = "a question" if frame["type"] == "intervention_response" else "a task"
+    wanted = frame["intervention_id" if about == "a question" else "task_id"]
+    return NOTICES[frame["type"]].format(valid_id(wanted, about))
 
 
 class Lanes:
@@ -2957,7 +2963,8 @@ class Agent:
         else:
             self._notify(frame)
 
-    def _task_updated(self, frame):
+    def _tell_worker(self, frame):
+        """Programs that end by themselves read no terminal: they ask the hub."""
         session = self.sessions.all.get(frame["session_id"])
         if session is not None and not session.ends_task:
             self._notify(frame)
@@ -2966,7 +2973,7 @@ class Agent:
         """Type a line about a task; a crash from here on leaves it unknown, never repeated."""
         self.store.begin(frame["epoch"], frame["id"])
         try:
-            self.sessions.type(frame["session_id"], notice(frame["type"], frame["task_id"]))
+            self.sessions.type(frame["session_id"], notice(frame))
         except AgentError as error:
             self._not_delivered(frame, "not_delivered", str(error))
 
@@ -2996,7 +3003,11 @@ class Agent:
         "session_start": _session_start,
         "task_assigned": _task_assigned,
         "task_cancelled": _task_cancelled,
-        "task_updated": _task_updated,
+        "task_updated": _tell_worker,
+        "task_note": _tell_worker,
+        "plan_approved": _tell_worker,
+        "plan_revision": _tell_worker,
+        "intervention_response": _tell_worker,
         "task_status_update": _notify,
         "session_close": _session_close,
         "profiles_changed": _profiles_changed,

@@ -149,6 +149,13 @@ def show(page: str, **values):
     return render_template(page, **values)
 
 
+def styled(page: str):
+    """A page of a library that styles its elements itself: its CSP allows that, scripts stay
+    strict."""
+    loose = web.CSP.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
+    return page, {"Content-Security-Policy": loose}
+
+
 def done(where: str):
     """After a deed shown by the page it was done on: htmx reads the live part again at once."""
     if request.headers.get("HX-Request"):
@@ -566,10 +573,10 @@ def session_list():
 
 @bp.get("/sessions/<ref>")
 def session(ref):
-    """One session: its state, its screen and its log."""
+    """One session: its state, its terminal and its log."""
     shown = sessions.session_view(sessions.get_session(person(), ref))
     project_id = shown["project_id"]
-    return show(
+    page = show(
         "sessions/session.html",
         session=shown,
         live_session=shown["status"] in cascade.SESSION_LIVE,
@@ -577,6 +584,7 @@ def session(ref):
         may_close=auth.can(person(), "session.close", project_id)
         and shown["status"] in cascade.SESSION_LIVE | {"lost"},
     )
+    return styled(page)
 
 
 @bp.post("/sessions/<ref>/close")
@@ -743,9 +751,8 @@ def _named(events: list[dict]) -> list[dict]:
 
 @bp.get("/docs")
 def docs():
-    """The API, as Swagger UI shows it. It styles its elements itself, hence this page's own CSP."""
-    loose = web.CSP.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
-    return render_template("docs.html"), {"Content-Security-Policy": loose}
+    """The API, as Swagger UI shows it."""
+    return styled(render_template("docs.html"))
 
 
 # ── in words ──────────────────────────────────────────────────────────────────────────────────

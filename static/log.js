@@ -1,7 +1,7 @@
 // The log of a session as text: what is there, then what comes, while the session lives.
 //
-// Escape sequences are left out and a carriage return writes the line anew; the real terminal is
-// still to come.
+// Escape sequences are left out and a carriage return writes the line anew. Nothing is read while
+// both parts of the page are closed.
 "use strict";
 
 (() => {
@@ -15,6 +15,7 @@
   const HALF = /\x1b(?:\[[0-?]*[ -/]*|\][^\x07\x1b]*\x1b?|[PX^_][^\x1b]*\x1b?|[ -/]*)?$/;
 
   const log = document.getElementById("log");
+  const logPart = document.getElementById("log-part");
   const follow = document.getElementById("log-follow");
   const note = document.getElementById("log-note");
   const screen = document.getElementById("screen");
@@ -132,7 +133,7 @@
     timer = null;
     const live = isLive(); // asked before reading: what came before the end is read once more
     try {
-      while (await readLog());
+      while (logPart.open && (await readLog()));
       if (screenPart.open) await readScreen();
       note.classList.remove("bad-text");
     } catch (error) {
@@ -143,10 +144,14 @@
   }
 
   function schedule() {
-    if (timer === null && !document.hidden) timer = setTimeout(step, PAUSE);
+    if (timer === null && !document.hidden && (logPart.open || screenPart.open)) timer = setTimeout(step, PAUSE);
   }
 
-  screenPart.addEventListener("toggle", () => screenPart.open && readScreen());
+  for (const part of [logPart, screenPart]) {
+    part.addEventListener("toggle", () => {
+      if (part.open && timer === null) step();
+    });
+  }
   follow.addEventListener("change", () => {
     if (follow.checked) log.scrollTop = log.scrollHeight;
   });
@@ -159,5 +164,4 @@
     if (event.detail.type?.startsWith("session_log")) marksStale = true;
     schedule();
   });
-  step();
 })();

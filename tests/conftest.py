@@ -9,6 +9,7 @@ start_hub     starts such processes: `start_hub(port=…, tick_s=…)`
 shop          the hub with a project
 start_agent   registers and starts agent processes with tmux servers of their own
 cli           runs the command line against `shop` as its admin
+open_browser  a signed-in page in a real Chromium; `problems` is what it complained of
 until         waits for a condition
 """
 
@@ -700,3 +701,59 @@ def cli(shop, tmp_path):
         return json.loads(done.stdout) if "--json" in argv else done
 
     return run
+
+
+# ── a real browser ────────────────────────────────────────────────────────────────────────────
+
+CHROMIUM = "/usr/bin/chromium"  # the system's package; never the library's own download
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def problems():
+    """What the browser complained of; a test takes out what it meant to cause."""
+    found: list[str] = []
+    yield found
+    assert not found
+
+
+@pytest.fixture
+def open_browser(browser, hub, problems):
+    """Open a browser of its own, signed in unless `token` is None; gives its first page."""
+    contexts = []
+
+    def open_one(token="", **options):
+        context = browser.new_context(base_url=hub.url, locale="en-GB", **options)
+        context.set_default_timeout(10_000)
+        contexts.append(context)
+        if token is not None:
+            context.add_cookies([cookie(hub.url, token or hub.login())])
+        context.on("console", lambda m: m.type == "error" and problems.append(m.text))
+        context.on("weberror", lambda error: problems.append(str(error.error)))
+        return context.new_page()
+
+    yield open_one
+    for context in contexts:
+        context.close()
+
+
+def cookie(url: str, token: str) -> dict:
+    return {"name": "orchestratia", "value": token, "url": url}

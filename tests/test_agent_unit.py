@@ -172,11 +172,12 @@ def test_what_is_shown_loses_what_could_act_as_keys_and_is_bounded():
 @pytest.mark.parametrize("kind", agent.NOTICES)
 def test_a_typed_notice_is_fixed_words_and_an_id_that_no_shell_can_be_misled_by(kind):
     task_id = "0b7e4a52-4c1d-4f0e-9d3a-6a1f0e9c7b21"
-    line = agent.notice(kind, task_id)
+    frame = {"type": kind, "task_id": task_id, "intervention_id": task_id}
+    line = agent.notice(frame)
     assert task_id in line
     assert set(line) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 .:,-")
-    with pytest.raises(AgentError, match="not the id of a task"):
-        agent.notice(kind, "x; touch canary")
+    with pytest.raises(AgentError, match="not the id of a"):
+        agent.notice(dict.fromkeys(frame, "x; touch canary") | {"type": kind})
 
 
 def test_a_result_that_json_cannot_carry_is_its_own_summary(tmp_path):

@@ -8,64 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 import pages
 from conftest import PASSWORD, ROOT, AgentProcess
 
-CHROMIUM = "/usr/bin/chromium"  # the system's package; never the library's own download
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 HOSTILE = (
     "<script>window.owned = 1</script><img src=x onerror=window.owned=1> \u202egnp.exe \x1b[2J"
 )
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def problems():
-    """What the browser complained of; a test takes out what it meant to cause."""
-    found: list[str] = []
-    yield found
-    assert not found
-
-
-@pytest.fixture
-def open_browser(browser, hub, problems):
-    """Open a browser of its own, signed in unless `token` is None; gives its first page."""
-    contexts = []
-
-    def open_one(token="", **options):
-        context = browser.new_context(base_url=hub.url, locale="en-GB", **options)
-        context.set_default_timeout(10_000)
-        contexts.append(context)
-        if token is not None:
-            context.add_cookies([cookie(hub.url, token or hub.login())])
-        context.on("console", lambda m: m.type == "error" and problems.append(m.text))
-        context.on("weberror", lambda error: problems.append(str(error.error)))
-        return context.new_page()
-
-    yield open_one
-    for context in contexts:
-        context.close()
-
-
-def cookie(url: str, token: str) -> dict:
-    return {"name": "orchestratia", "value": token, "url": url}
 
 
 def forgive(problems: list[str], status: int) -> None:
@@ -78,13 +28,6 @@ def forgive(problems: list[str], status: int) -> None:
 @pytest.fixture
 def page(open_browser):
     return open_browser()
-
-
-@pytest.fixture
-def shop(hub):
-    """The hub with its project."""
-    hub.api("POST", "projects", {"name": "shop"})
-    return hub
 
 
 def task(hub, title: str = "Write the parser", **fields) -> dict:
@@ -435,11 +378,17 @@ print("went on", flush=True)
 """
 
 
+def log_of(page):
+    """The log on a session's page, opened."""
+    page.locator("#log-part > summary").click()
+    return page.locator("#log")
+
+
 def test_a_session_is_followed_to_its_end(shop, agent, page):
     made = task(shop, target_repo="core", auto_assign=True, command=[sys.executable, "-c", WORKER])
     page.goto(f"/tasks/{made['id']}")
     page.locator("dl").get_by_role("link", name="core-").click()
-    log = live(page).locator("#log")
+    log = log_of(live(page))
     expect(log).to_contain_text("green and plain and ✓\n100 %")
     assert "\x1b" not in log.text_content()
     expect(log).not_to_contain_text("went on")
@@ -473,7 +422,7 @@ def test_what_is_missing_from_a_log_is_said_in_it(shop, page):
     say(block(0, b"one\ntw"), gap(6, 5000, "hub <away>"), block(5000, b"three\nfour\n"))
     say(gap(5006, None, "pipe down"))
     page.goto(f"/sessions/{made['id']}")
-    log = live(page).locator("#log")
+    log = log_of(live(page))
     shown = "one\ntw\n… 5.0 kB missing: hub <away> …\nthree\n… output missing: pipe down …\nfour\n"
     expect(log).to_contain_text(shown)
     say(gap(5011, 5021, "again"), block(5021, b"five\n"))
@@ -645,7 +594,7 @@ def test_a_viewer_sees_and_cannot_touch(shop, open_browser, problems):
 def test_every_event_has_its_words():
     """An open page hears only the types it knows."""
     emitted = set()
-    for name in ("auth", "moves", "routing", "sessions", "tasks"):
+    for name in ("auth", "inbox", "moves", "routing", "sessions", "tasks"):
         source = Path(ROOT / f"{name}.py").read_text()
         emitted |= set(re.findall(r'\.emit\(\s*"(\w+)"', source))
         emitted |= set(re.findall(r'_event\([\w\s,\[\]"]*?"(\w+_\w+)"', source))
