@@ -13,12 +13,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 import auth
 import cascade
 import feed
+import inbox
 import reading
 import servers
 import sessions
 import tasks
 import web
-from models import Event, Forbidden, Invalid, NotFound, Unauthorised, iso, loads, one
+from models import Event, Forbidden, Invalid, NotFound, Unauthorised, bus, iso, loads, one
 from web import caller
 
 VERSION = "0.1.0"
@@ -32,6 +33,8 @@ work = APIBlueprint("work", __name__, tag="Work")
 Text = Annotated[str, StringConstraints(max_length=1_000_000)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
 Word = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+# What is said to somebody must fit, however it is escaped, into the 1 MiB that older agents take.
+Said = Annotated[str, StringConstraints(max_length=50_000)]
 Words = Annotated[list[Word], Field(max_length=100)]
 Seconds = Annotated[float, Field(ge=0, le=10 * 365 * 86400)]
 Clock = Annotated[float, Field(gt=0, le=10 * 365 * 86400)]
@@ -109,18 +112,26 @@ class DeclaredByAdmin(Exact):
 class Registering(Shape):
     registration_token: str
     name: Name
-    hostname: str = ""
-    ip: str = ""
-    os: str = ""
-    repos: dict[str, str | dict] = {}
-    system_info: dict = {}
-    machine_id: str = ""
-    mac_address: str = ""
+    hostname: str | None = None
+    ip: str | None = None
+    os: str | None = None
+    repos: dict[str, str | dict | None] | None = None
+    system_info: dict | None = None
+    machine_id: str | None = None
+    mac_address: str | None = None
     capabilities: Declared | None = None
 
 
 class Heartbeat(Shape):
     system_info: dict | None = None
+
+
+class PermissionLog(Shape):
+    entries: Annotated[list, Field(max_length=10_000)] = []
+
+
+class McpStatus(Shape):
+    mcp_status: str | None = None
 
 
 class ServerChange(Shape):
@@ -143,7 +154,7 @@ class Requirements(Wishes):
 
 class Link(Shape):
     depends_on_task_id: str
-    dependency_type: str = "blocks"
+    dependency_type: str | None = None
     contract_key: str | None = None
 
 
@@ -173,8 +184,8 @@ class TaskIn(TaskFields):
     title: Annotated[str, StringConstraints(max_length=1000)]
     project_id: str | None = None
     session_id: str | None = None
-    dependency_ids: list[str] = []
-    dependencies: list[Link] = []
+    dependency_ids: list[str] | None = None
+    dependencies: list[Link] | None = None
 
 
 class TaskChange(TaskFields):
@@ -234,7 +245,38 @@ class Completion(Report):
 
 
 class Failure(Report):
-    error: Text = "no reason given"
+    error: Text | None = None
+
+
+class Help(Report):
+    question: Said
+    context: Said | None = None
+    intervention_type: Literal[inbox.KINDS] | None = None
+    urgency: Word | None = None
+    target_session_id: str | None = None
+
+
+class Plan(Report):
+    plan: Any
+
+
+class Approval(Shape):
+    comment: Said | None = None
+    version: Annotated[int, Field(ge=1, le=BIGGEST)] | None = None
+
+
+class Revision(Shape):
+    feedback: Said
+    version: Annotated[int, Field(ge=1, le=BIGGEST)] | None = None
+
+
+class NoteIn(Report):
+    content: Said
+    urgent: bool | None = None
+
+
+class Answer(Shape):
+    response: Said
 
 
 class Amendment(Shape):
@@ -285,8 +327,20 @@ class SessionPage(Shape):
     all: bool = False
 
 
+class InterventionPage(Shape):
+    task_id: str | None = None
+    project_id: str | None = None
+    status: str | None = None
+
+
+class OfSession(Shape):
+    session_id: str | None = None
+
+
 class EventPage(Shape):
     after: Annotated[int, Field(ge=0, le=BIGGEST)] = 0
+    before: Annotated[int, Field(ge=0, le=BIGGEST)] | None = None
+    tail: bool = False
     task_id: str | None = None
     project_id: str | None = None
     limit: Annotated[int, Field(ge=1, le=1000)] = 200
@@ -489,6 +543,53 @@ def poll_tasks():
     return {"tasks": servers.assigned_tasks(server_caller())}
 
 
+# ── what the public daemon asks for, again and again ──────────────────────────────────────────
+
+
+@bp.get("/server/files/pending")
+def list_uploads():
+    """Files a public daemon is to fetch from the hub: none."""
+    server_caller()
+    return []
+
+
+@bp.get("/server/files/pulls/pending")
+def list_pulls():
+    """Files a public daemon is to bring to the hub: none."""
+    server_caller()
+    return []
+
+
+@bp.get("/server/access-grants")
+def list_grants():
+    """Grants between servers: none. A public daemon asks once it has announced its sessions."""
+    bus.publish(f"server:{server_caller().server_id}", "announced")
+    return []
+
+
+@bp.get("/server/approval-rules")
+def list_rules():
+    """Rules by which a public daemon answers permission prompts: none, so that people answer."""
+    server_caller()
+    return []
+
+
+@bp.post("/server/permissions/log")
+@bp.input(PermissionLog)
+def log_permissions(json_data: PermissionLog):
+    """What a public daemon's rules have decided; with no rules there is nothing to keep."""
+    server_caller()
+    return {"accepted": len(json_data.entries)}, 201
+
+
+@bp.patch("/server/sessions/<ref>/mcp-status")
+@bp.input(McpStatus)
+def note_mcp_status(ref, json_data: McpStatus):
+    """Whether a public daemon could offer its tools to the agent of a session; not kept."""
+    server_caller()
+    return {"ok": True}
+
+
 @work.get("/servers")
 @work.input(ProjectPage, location="query")
 def list_servers(query_data: ProjectPage):
@@ -618,7 +719,99 @@ def complete_task(ref, json_data: Completion):
 @work.input(Failure)
 def fail_task(ref, json_data: Failure):
     """The worker gave up."""
-    return reading.task_json(tasks.fail(caller(), ref, json_data.error, json_data.attempt))
+    error = json_data.error or "no reason given"
+    return reading.task_json(tasks.fail(caller(), ref, error, json_data.attempt))
+
+
+@work.get("/tasks/check")
+@work.input(OfSession, location="query")
+def check_tasks(query_data: OfSession):
+    """The caller's own tasks: those of the session named, or else of its session or server."""
+    found = reading.mine(caller(), session_meant(query_data))
+    return {"count": len(found), "tasks": reading.tasks_json(found)}
+
+
+@work.get("/status")
+@work.input(OfSession, location="query")
+def status(query_data: OfSession):
+    """Where the caller stands: its server, session, project and tasks."""
+    with suppress(NotFound):  # a session from before: the rest is still worth knowing
+        return reading.standing(caller(), session_meant(query_data))
+    return reading.standing(caller(), None)
+
+
+def session_meant(query: OfSession) -> dict | None:
+    """The session named, or the caller's own. Raises NotFound."""
+    ref = query.session_id or caller().session_id
+    return auth.find("session", caller(), ref) if ref else None
+
+
+@work.post("/tasks/<ref>/help")
+@work.input(Help)
+def ask_for_help(ref, json_data: Help):
+    """Ask a person (or, with type `question`, an orchestrator); the task waits for the answer."""
+    asked, made = inbox.ask(
+        caller(),
+        ref,
+        json_data.question,
+        context=json_data.context,
+        kind=json_data.intervention_type or "help",
+        urgency=json_data.urgency or "normal",
+        target=json_data.target_session_id,
+        attempt=json_data.attempt,
+    )
+    shown = inbox.interventions_json([asked])[0]
+    return shown | {"intervention_id": asked["id"]}, 201 if made else 200
+
+
+@work.post("/tasks/<ref>/plan")
+@work.input(Plan)
+def submit_plan(ref, json_data: Plan):
+    """Hand in a plan, or a new version of it, to be approved."""
+    task = inbox.submit_plan(caller(), ref, json_data.plan, json_data.attempt)
+    return reading.task_json(task)
+
+
+@work.get("/tasks/<ref>/plan")
+def list_plans(ref):
+    """Every version of the task's plan with what was decided of it, oldest first."""
+    return {"plans": inbox.plans(caller(), ref)}
+
+
+@work.post("/tasks/<ref>/plan/approve")
+@work.input(Approval)
+def approve_plan(ref, json_data: Approval):
+    """Let the worker do what it plans (people, and orchestrators other than the worker)."""
+    task = inbox.approve(caller(), ref, json_data.comment or None, json_data.version)
+    return reading.task_json(task)
+
+
+@work.post("/tasks/<ref>/plan/revise")
+@work.input(Revision)
+def revise_plan(ref, json_data: Revision):
+    """Send the plan back with what should be different."""
+    task = inbox.revise(caller(), ref, json_data.feedback, json_data.version)
+    return reading.task_json(task)
+
+
+@work.get("/tasks/<ref>/notes")
+def list_notes(ref):
+    """The notes on the task, oldest first."""
+    return reading.notes(caller(), ref)
+
+
+@work.post("/tasks/<ref>/notes")
+@work.input(NoteIn)
+def add_note(ref, json_data: NoteIn):
+    """Add a note; it is told to the task's worker and to those of tasks that depend on it."""
+    note = inbox.add_note(
+        caller(),
+        ref,
+        json_data.content,
+        urgent=bool(json_data.urgent),
+        attempt=json_data.attempt,
+    )
+    return reading.note_json(note), 201
 
 
 @work.post("/tasks/<ref>/retry")
@@ -635,7 +828,7 @@ def add_dependency(ref, json_data: Link):
         caller(),
         ref,
         json_data.depends_on_task_id,
-        json_data.dependency_type,
+        json_data.dependency_type or "blocks",
         json_data.contract_key,
     )
     return {
@@ -687,6 +880,32 @@ def amend_contract(ref, key, json_data: Amendment):
     """Supply or amend a contract by hand."""
     tasks.amend_contract(caller(), ref, key, json_data.data)
     return get_contract(ref, key)
+
+
+# ── interventions ─────────────────────────────────────────────────────────────────────────────
+
+
+@work.get("/interventions")
+@work.input(InterventionPage, location="query")
+def list_interventions(query_data: InterventionPage):
+    """What was asked, newest first: pending, responded or closed."""
+    task = query_data.task_id and auth.find("task", caller(), query_data.task_id)
+    return inbox.list_interventions(
+        project_ids(query_data.project_id), task=task or None, status=query_data.status
+    )
+
+
+@work.get("/interventions/<ref>")
+def get_intervention(ref):
+    """One intervention by id or unique prefix, with its answer."""
+    return inbox.interventions_json([inbox.get_intervention(caller(), ref)])[0]
+
+
+@work.post("/interventions/<ref>/respond")
+@work.input(Answer)
+def respond(ref, json_data: Answer):
+    """Answer an intervention; the first answer counts and goes to whoever asked."""
+    return inbox.interventions_json([inbox.answer(caller(), ref, json_data.response)])[0]
 
 
 # ── pipelines ─────────────────────────────────────────────────────────────────────────────────
@@ -832,17 +1051,32 @@ def session_recording(ref):
 @bp.get("/events")
 @bp.input(EventPage, location="query")
 def list_events(query_data: EventPage):
-    """Events above an id, oldest first."""
+    """Events above the id `after`, or with `tail` or `before` the newest (below that id).
+
+    Oldest first either way. `next_cursor` is the `after` of the page that follows, `prev_cursor`
+    the `before` of the older one; null where there is none.
+    """
     task = query_data.task_id and auth.find("task", caller(), query_data.task_id)
-    found = reading.events(
-        caller(),
-        query_data.after,
-        project_ids=project_ids(query_data.project_id),
-        task=task,
-        limit=query_data.limit,
-    )
+    shared = {
+        "project_ids": project_ids(query_data.project_id),
+        "task": task or None,
+        "limit": query_data.limit,
+    }
+    if query_data.tail or query_data.before is not None:
+        found = reading.last_events(caller(), before=query_data.before, **shared)
+        more = len(found) == query_data.limit
+        return {
+            "events": found,
+            "next_cursor": None,
+            "prev_cursor": found[0]["id"] if more else None,
+        }
+    found = reading.events(caller(), query_data.after, **shared)
     more = len(found) == query_data.limit
-    return {"events": found, "next_cursor": found[-1]["id"] if more else None}
+    return {
+        "events": found,
+        "next_cursor": found[-1]["id"] if more else None,
+        "prev_cursor": None,
+    }
 
 
 @bp.get("/events/stream")

@@ -538,6 +538,7 @@ class Server(Table):
     busy = IntegerField(default=0)
     info = JSONField(default=dict)
     agent_version = TextField(default="")
+    protocol = IntegerField(default=2)
     instance = TextField(default="")
     spool_id = TextField(default="")
     spool_upto = IntegerField(default=0)

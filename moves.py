@@ -49,11 +49,12 @@ def do(
     _set(task, after)
     if task["status"] in cascade.HOLDS_SLOT and goal not in cascade.HOLDS_SLOT:
         execute("UPDATE server SET busy = busy - 1 WHERE id = ? AND busy > 0", (task["server_id"],))
+    closed = _close_what_waits(tx, task, verb, actor)
     tx.emit(
         event or EVENT_OF[verb],
         task["project_id"],
         actor,
-        {"attempt": task["attempt"]} | (details or {}),
+        {"attempt": task["attempt"]} | (details or {}) | closed,
         task=task["id"],
         cause=cause,
         session=after["session_id"] or task["session_id"],
@@ -73,6 +74,27 @@ def _set(task: dict, after: dict) -> None:
     )
     if done.rowcount != 1:
         raise Conflict("The task was changed by somebody else meanwhile: look again.")
+
+
+# Verbs by which what waits for a person gets its answer, or is still waited for.
+ANSWERS = ("answer", "submit_plan", "approve_plan", "revise_plan")
+
+
+def _close_what_waits(tx: Transaction, task: dict, verb: str, actor: str) -> dict:
+    """A task that ends or is taken back takes what waits for a person with it; for the event."""
+    if verb in ANSWERS or task["status"] not in ("needs_human", "plan_review"):
+        return {}
+    execute(
+        "UPDATE plan SET status = 'closed', decided_by = ?, decided_at = ?"
+        " WHERE task_id = ? AND status = 'pending'",
+        (actor, tx.now, task["id"]),
+    )
+    closed = execute(
+        "UPDATE intervention SET status = 'closed', closed_why = ?, ended_by = ?, ended_at = ?"
+        " WHERE task_id = ? AND status = 'pending' RETURNING id",
+        (verb, actor, tx.now, task["id"]),
+    ).fetchall()
+    return {"closed_interventions": [found for (found,) in closed]} if closed else {}
 
 
 def _deadline(task: dict) -> float | None:
@@ -119,7 +141,7 @@ def close_attempt(tx: Transaction, task: dict, outcome: str, report: str | None)
 
 def new_session(tx: Transaction, **columns) -> str:
     """Insert a session that is about to start; its id. tmux names it by 12 characters of that."""
-    session_id = new_id()
+    session_id = columns.get("id") or new_id()
     columns = {
         "id": session_id,
         "tmux_name": f"orc-{session_id[:12]}",

@@ -6,10 +6,13 @@ import cascade
 import routing
 from auth import Caller, can, find
 from models import Invalid, event_json, execute, in_chunks, iso, labels, loads, newest, one, rows
+from moves import HELD
 
 PRIORITIES = ("low", "normal", "high", "critical")
 CLOCKS = ("queue_timeout", "start_timeout", "progress_timeout", "timeout")
 LIST_LIMIT, LIST_MOST = 200, 1000
+NOTES_MOST = 1000
+RECENT_NOTES = 20  # with the view of one task
 
 
 def list_tasks(
@@ -220,8 +223,83 @@ def _contract_json(key: str, declared: dict, row: dict | None) -> dict:
     }
 
 
+def notes(caller: Caller, ref: str) -> list[dict]:
+    """The notes on a task, oldest first, the last 1000: [{id, content, author, urgent, …}]."""
+    return _notes(find("task", caller, ref)["id"], NOTES_MOST)
+
+
+def _notes(task_id: str, limit: int) -> list[dict]:
+    found = newest("note", [{"task_id": task_id}], "", [], limit)
+    return [note_json(row) for row in reversed(found)]
+
+
+def note_json(row: dict) -> dict:
+    return {
+        "id": row["id"],
+        "task_id": row["task_id"],
+        "attempt": row["attempt"],
+        "content": row["content"],
+        "author": row["author"],
+        "urgent": bool(row["urgent"]),
+        "created_at": iso(row["at"]),
+    }
+
+
+def mine(caller: Caller, session: dict | None) -> list[dict]:
+    """The tasks a session works on, without one those on the caller's server, oldest first."""
+    server_id = session["server_id"] if session else caller.server_id
+    if server_id is None:
+        return []
+    where, values = ("AND session_id = ?", [session["id"]]) if session else ("", [])
+    return rows(
+        f"SELECT * FROM task WHERE server_id = ? AND {HELD} {where} ORDER BY seq",
+        [server_id, *values],
+    )
+
+
+def standing(caller: Caller, session: dict | None) -> dict:
+    """Where the caller stands: its server, session and project, and the tasks that are its own.
+
+    Whoever reads this has reached the hub with a credential that counts, so they are connected;
+    `server_status` says how their server's agent stands.
+    """
+    server_id = session["server_id"] if session else caller.server_id
+    server = server_id and one("SELECT * FROM server WHERE id = ?", (server_id,))
+    project_id = session["project_id"] if session else caller.project_id
+    tasks = mine(caller, session)
+    running = sum(task["status"] == "running" for task in tasks)
+    return {
+        "connected": True,
+        "server_id": server_id,
+        "server_name": server["name"] if server else None,
+        "server_status": routing.server_status(server) if server else None,
+        "session_id": session["id"] if session else None,
+        "session_name": session["name"] if session else None,
+        "role": session["role"] if session else None,
+        "project_id": project_id,
+        "project_name": project_id and labels("project", "name", {project_id})[project_id],
+        "tasks": [
+            {
+                "id": task["id"],
+                "title": task["title"],
+                "status": task["status"],
+                "priority": PRIORITIES[task["priority"]],
+            }
+            for task in tasks
+        ],
+        "task_summary": {
+            "pending": len(tasks) - running,
+            "running": running,
+            "total": len(tasks),
+        },
+    }
+
+
 def tasks_json(tasks: list[dict]) -> list[dict]:
-    """Task rows as the API shows them, with a fixed number of queries for any number of tasks."""
+    """Task rows as the API shows them, with a fixed number of queries for any number of tasks.
+
+    `recent_notes` are left to the view of one task.
+    """
     ids = [t["id"] for t in tasks]
     deps, names = _dependencies(ids), _names(tasks)
     produced = _contracts(tasks)
@@ -237,7 +315,7 @@ def tasks_json(tasks: list[dict]) -> list[dict]:
 
 
 def task_json(task: dict) -> dict:
-    return tasks_json([task])[0]
+    return tasks_json([task])[0] | {"recent_notes": _notes(task["id"], RECENT_NOTES)}
 
 
 def _dependencies(ids: list[str]) -> dict[str, list[dict]]:
@@ -392,6 +470,27 @@ def events(caller: Caller, after: int, *, project_ids: list[str], task=None, lim
         f"SELECT * FROM event WHERE {' AND '.join(where)} ORDER BY id LIMIT ?", [*values, size]
     )
     return [event_json(row) for row in found]
+
+
+def last_events(
+    caller: Caller, *, project_ids: list[str], task=None, before: int | None = None, limit=200
+) -> list[dict]:
+    """The newest visible events, of those below the id `before` if given, oldest first.
+
+    Each project is one short walk of its index, however long the log is.
+    """
+    if task:
+        branches = [("task_seq = ?", task["seq"]), ("cause_seq = ?", task["seq"])]
+    else:
+        branches = [("project_id = ?", project) for project in project_ids]
+        branches += [("project_id IS ?", None)] * caller.is_admin
+    size = max(1, min(limit, EVENTS_MOST))
+    below, top = (" AND id < ?", [before]) if before is not None else ("", [])
+    found = {}
+    for where, value in branches:
+        sql = f"SELECT * FROM event WHERE {where}{below} ORDER BY id DESC LIMIT ?"
+        found |= {row["id"]: row for row in rows(sql, [value, *top, size])}
+    return [event_json(found[n]) for n in sorted(found)[-size:]]
 
 
 def last_event_id() -> int:

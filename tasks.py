@@ -500,7 +500,7 @@ def _aim(tx: Transaction, caller: Caller, task: dict, target: dict) -> dict:
 
 def start(caller: Caller, ref: str, attempt: int | None = None) -> dict:
     """The worker has begun; said again it changes nothing. Returns the task's row."""
-    return _report(caller, ref, "start", None, attempt, _start)
+    return report(caller, ref, "start", None, attempt, _start)
 
 
 def complete(caller: Caller, ref: str, result, attempt=None, git_diff_stats=None) -> dict:
@@ -509,78 +509,94 @@ def complete(caller: Caller, ref: str, result, attempt=None, git_diff_stats=None
     result: any JSON. Raises BadContract (the task stays as it is), Conflict, IllegalMove.
     """
 
-    def finish(tx, caller, task, report):
-        return _complete(tx, caller, task, result, report, git_diff_stats)
+    def finish(tx, caller, task, said):
+        return _complete(tx, caller, task, result, said, git_diff_stats)
 
-    return _report(caller, ref, "complete", dumps(result), attempt, finish)
+    return report(caller, ref, "complete", dumps(result), attempt, finish)
 
 
 def fail(caller: Caller, ref: str, error: str, attempt: int | None = None) -> dict:
     """The worker gave up; retried only while attempts are left. Returns the task's row."""
-    return _report(caller, ref, "fail", dumps({"error": error}), attempt, _fail)
+    return report(caller, ref, "fail", dumps({"error": error}), attempt, _fail)
 
 
-def _report(caller: Caller, ref: str, verb: str, report, attempt, then) -> dict:
+ENDS = ("complete", "fail")
+
+
+def report(caller: Caller, ref: str, verb: str, said: str | None, attempt: int | None, then):
+    """What a worker says of an attempt, once: the result of `then(tx, caller, task, said)`, or the
+    task's row when the same was said before.
+
+    said: the report as stored JSON. attempt: None for the present one, or a session's own. Raises
+    Forbidden for a key that is not the attempt's, Conflict `late` (the report is then kept as an
+    event) and what `then` raises.
+    """
     with transaction() as tx:
         task = find("task", caller, ref)
         require(caller, "task.report", task["project_id"], "task")
-        attempt = _attempt_meant(caller, task, attempt)
-        past = _past(task, attempt)
+        number = attempt_meant(caller, task, attempt)
+        past = _past(task, number)
         if not report_allowed(caller, task, (past or task)["server_id"]):
             raise Forbidden("This key reports on its own tasks only, and this is not one of them.")
-        stands = _fence(tx, caller, task, verb, report, attempt, past)
+        stands = _fence(tx, caller, task, verb, said, number, past)
         if stands is None:
-            if verb != "start" and caller.kind in ("user", "hub"):
+            if verb in ENDS and caller.kind in ("user", "hub"):
                 _withdraw(tx, task, f"{caller.name} ended the task")
-            return then(tx, caller, task, report)
+            return then(tx, caller, task, said)
     if isinstance(stands, Conflict):
         raise stands
     return stands
 
 
-def _attempt_meant(caller: Caller, task: dict, given: int | None) -> int | None:
-    """A session speaks of its own attempt only. Raises Conflict when it names another."""
-    if caller.task_id != task["id"]:
-        return given
-    if given not in (None, caller.attempt):
-        raise Conflict(
-            f"This session works on attempt {caller.attempt}, not on attempt {given}: "
-            "leave the attempt out.",
-            code="other_attempt",
-        )
-    return caller.attempt
+def attempt_meant(caller: Caller, task: dict, given: int | None) -> int:
+    """The number of the attempt spoken of. A session speaks of its own only. Raises Conflict when
+    it names another, and for one there has not been yet."""
+    if caller.task_id == task["id"]:
+        if given not in (None, caller.attempt):
+            raise Conflict(
+                f"This session works on attempt {caller.attempt}, not on attempt {given}: "
+                "leave the attempt out.",
+                code="other_attempt",
+            )
+        return caller.attempt
+    number = task["attempt"] if given is None else given
+    if number > task["attempt"]:
+        raise Conflict(f"The task is at attempt {task['attempt']}, there was no {number} yet.")
+    return number
 
 
-def _past(task: dict, attempt: int | None) -> dict | None:
-    """How an attempt that has ended, ended; the present one when none is named."""
-    number = task["attempt"] if attempt is None else attempt
+def _past(task: dict, number: int) -> dict | None:
+    """How an attempt that has ended, ended."""
     if number == task["attempt"] and task["status"] not in cascade.FINAL:
         return None
     return one("SELECT * FROM attempt WHERE task_id = ? AND number = ?", (task["id"], number))
 
 
-def _fence(tx, caller, task: dict, verb: str, report, attempt: int | None, past: dict | None):
+def _fence(tx, caller, task: dict, verb: str, said, number: int, past: dict | None):
     """None to go ahead; the task when this was said before; a Conflict when it is too late."""
-    number = task["attempt"] if attempt is None else attempt
-    if number > task["attempt"]:
-        return Conflict(f"The task is at attempt {task['attempt']}, there was no {number} yet.")
     if number == task["attempt"] and task["status"] not in cascade.FINAL:
         return task if verb == "start" and task["status"] == "running" else None
     past = past or {"outcome": "unknown", "report": None}
-    if past["outcome"] == verb and past["report"] == report:
+    if past["outcome"] == verb and past["report"] == said:
         return task
     if verb == "start" and past["outcome"] == "complete":
         return task
+    return late(tx, caller, task, number, verb, said, past["outcome"])
+
+
+def late(tx, caller, task: dict, number: int, verb: str, said, outcome="unknown") -> Conflict:
+    """Keep a report on an attempt that has ended as an event; the refusal to raise once that is
+    committed."""
     tx.emit(
         "late_report",
         task["project_id"],
         caller.actor,
-        {"attempt": number, "said": verb, "report": loads(report), "stands": past["outcome"]},
+        {"attempt": number, "said": verb, "report": loads(said), "stands": outcome},
         task=task["id"],
         session=caller.session_id,
     )
     return Conflict(
-        f"Attempt {number} has ended already ({PAST[past['outcome']]}); the task is "
+        f"Attempt {number} has ended already ({PAST[outcome]}); the task is "
         f"{task['status']} (attempt {task['attempt']}). Your report is kept, nothing was changed.",
         code="late",
         status=task["status"],
@@ -619,7 +635,7 @@ def _complete(tx, caller: Caller, task: dict, result, report: str, git) -> dict:
         completed_at=tx.now,
     )
     moves.close_attempt(tx, after, "complete", report)
-    _tell_orderer(tx, after, _summary(result))
+    tell_orderer(tx, after, _summary(result))
     _hand_down(tx, after, delivered)
     freed = _resolve_downstream(tx, after)
     routing.place(tx, after["project_id"], freed, {after["server_id"]}, cause=after["id"])
@@ -645,7 +661,7 @@ def _fail(tx: Transaction, caller: Caller, task: dict, report: str, *, free_retr
     if free_retry or failures < failed["max_attempts"]:
         delay = max(failed["retry_delay_s"], min(60, 2 ** failed["attempt"]) * free_retry)
         return _reopen(tx, failed, "retry", HUB.actor, delay=delay, freed={task["server_id"]})
-    _tell_orderer(tx, failed, error)
+    tell_orderer(tx, failed, error)
     routing.place(tx, task["project_id"], [], {task["server_id"]})
     return moves.row(task["id"])
 
@@ -656,8 +672,8 @@ def _summary(result) -> str:
     return str(summary if summary is not None else dumps(result))[:500]
 
 
-def _tell_orderer(tx: Transaction, task: dict, summary: str) -> None:
-    """Report the outcome to the session that ordered the task, while that one lives."""
+def tell_orderer(tx: Transaction, task: dict, summary: str) -> None:
+    """Report how the task stands to the session that ordered it, while that one lives."""
     if not task["source_session_id"]:
         return
     session = one("SELECT * FROM session WHERE id = ?", (task["source_session_id"],))
@@ -1019,20 +1035,6 @@ def _columns(task: dict, data: dict) -> dict:
         if "structured_spec" in data:
             columns["structured_spec"] = structured
     return columns
-
-
-def plan_move(caller: Caller, ref: str, verb: str, **changes) -> dict:
-    """submit_plan, approve_plan, revise_plan, ask or answer. Raises IllegalMove."""
-    task = find("task", caller, ref)
-    action = "task.report" if verb in ("submit_plan", "ask") else "task.change"
-    require(caller, action, task["project_id"], "task")
-    with transaction() as tx:
-        task = moves.row(task["id"])
-        if verb == "ask":
-            changes["asked_in"] = task["status"]
-        if verb == "approve_plan":
-            changes["started_at"] = tx.now
-        return do(tx, task, verb, caller.actor, **changes)
 
 
 def due(now: float) -> int:

@@ -5,6 +5,7 @@ output in. Frames are handled by the tables SPOOLED and PASSING.
 import logging
 import sqlite3
 import time
+import uuid
 from base64 import b64decode
 from datetime import datetime
 from functools import partial
@@ -78,9 +79,15 @@ def _drop_command(row: dict) -> None:
     with transaction() as tx:
         acknowledge(row["server_id"], [row["id"]])
         session = one("SELECT * FROM session WHERE id = ?", (row["session_id"],))
-        if session and session["state"] == "starting":
+        if session and session["state"] == "starting" and _starts(row, session):
             why = "its task was taken back before it started"
             sessions.move(tx, session, "close", HUB.actor, reason=why, closed_at=tx.now)
+
+
+def _starts(row: dict, session: dict) -> bool:
+    """Whether a command is the one that starts the session, not one that tells it something."""
+    own_worker = row["type"] == "task_assigned" and session["task_id"] == row["task_id"]
+    return own_worker or row["type"] == "session_start"
 
 
 def acknowledge(server_id: str, ids: list[int]) -> None:
@@ -90,6 +97,21 @@ def acknowledge(server_id: str, ids: list[int]) -> None:
                 f"UPDATE command SET acked_at = ? WHERE server_id = ? AND id IN {marks}",
                 [tx.now, server_id, *part],
             )
+
+
+def claim(server_id: str, ids: list[int]) -> set[int]:
+    """Acknowledge commands before they are sent, for an agent that cannot: each is sent at most
+    once, whatever happens. The ids that are the caller's to send."""
+    with transaction() as tx:
+        return {
+            claimed
+            for part, marks in in_chunks(ids)
+            for (claimed,) in execute(
+                f"UPDATE command SET acked_at = ? WHERE server_id = ? AND id IN {marks}"
+                " AND acked_at IS NULL RETURNING id",
+                [tx.now, server_id, *part],
+            ).fetchall()
+        }
 
 
 def _compose_assigned(row: dict) -> dict | None:
@@ -143,6 +165,14 @@ def _compose_plain(row: dict) -> dict:
     } | matter
 
 
+def _compose_for_worker(row: dict) -> dict | None:
+    """Words for whoever works on a task: pointless when the attempt is over."""
+    task = moves.row(row["task_id"])
+    if task["attempt"] != row["attempt"] or task["status"] not in cascade.HOLDS_SLOT:
+        return None
+    return _compose_plain(row)
+
+
 COMPOSE = {
     "task_assigned": _compose_assigned,
     "session_start": _compose_start,
@@ -150,6 +180,10 @@ COMPOSE = {
     "task_cancelled": _compose_plain,
     "task_updated": _compose_plain,
     "task_status_update": _compose_plain,
+    "intervention_response": _compose_for_worker,
+    "plan_approved": _compose_for_worker,
+    "plan_revision": _compose_for_worker,
+    "task_note": _compose_for_worker,
 }
 MALFORMED = (
     KeyError,
@@ -170,7 +204,8 @@ def greet(caller: Caller, frame: dict) -> None:
         server = one("SELECT * FROM server WHERE id = ?", (caller.server_id,))
         known = server["spool_upto"] if server["spool_id"] == spool_id else 0
         execute(
-            "UPDATE server SET agent_version = ?, spool_id = ?, spool_upto = ? WHERE id = ?",
+            "UPDATE server SET protocol = 2, agent_version = ?, spool_id = ?, spool_upto = ?"
+            " WHERE id = ?",
             (str(frame.get("agent_version") or ""), spool_id, max(known, first - 1), server["id"]),
         )
 
@@ -189,9 +224,7 @@ def sync(caller: Caller, frame: dict) -> dict:
             session = _named_session(tx, server, item, adopt)
             named.add(session["id"])
             answer.append(_reconcile(tx, session, item, restarted))
-        for session in sessions.believed_alive(server["id"]):
-            if session["id"] not in named and session["started_at"]:
-                _lose(tx, session, "the agent does not have it any more")
+        _lose_others(tx, server["id"], named)
         routing.place_waiting(tx, one("SELECT * FROM server WHERE id = ?", (server["id"],)))
     return {"type": "sync_ok", "sessions": answer, "adopt": adopt}
 
@@ -222,25 +255,37 @@ def _named_session(tx: Transaction, server: dict, item: dict, adopt: list) -> di
     if session:
         return session
     tmux_name = str(item.get("tmux_name") or "")
-    start = tmux_name.removeprefix("orc-")  # tmux names a session by the start of its id
-    session = one(
-        "SELECT * FROM session WHERE id >= ? AND id < ? AND server_id = ? AND tmux_name = ?",
-        (start, start + "g", server["id"], tmux_name),
-    )
-    if not session:
-        session_id = moves.new_session(
-            tx,
-            project_id=server["project_id"],
-            server_id=server["id"],
-            name=tmux_name or "adopted",
-            tmux_name=tmux_name,
-            role="plain",
-            state="lost",  # until it is taken up again below
-            created_by=f"server:{server['name']}",
-        )
-        session = one("SELECT * FROM session WHERE id = ?", (session_id,))
+    session = by_tmux_name(server["id"], tmux_name) or _adopted(tx, server, tmux_name)
     adopt.append({"tmux_name": tmux_name, "session_id": session["id"]})
     return session
+
+
+def by_tmux_name(server_id: str, tmux_name: str) -> dict | None:
+    """The newest session of the server that tmux knows by this name."""
+    start = tmux_name.removeprefix("orc-")  # the start of its id, unless it was adopted
+    return one(
+        "SELECT * FROM session WHERE id >= ? AND id < ? AND server_id = ? AND tmux_name = ?",
+        (start, start + "g", server_id, tmux_name),
+    ) or one(
+        "SELECT * FROM session WHERE server_id = ? AND tmux_name = ? AND tmux_name <> ''"
+        " ORDER BY seq DESC LIMIT 1",
+        (server_id, tmux_name),
+    )
+
+
+def _adopted(tx: Transaction, server: dict, tmux_name: str, **more) -> dict:
+    session_id = moves.new_session(
+        tx,
+        project_id=server["project_id"],
+        server_id=server["id"],
+        name=tmux_name or "adopted",
+        tmux_name=tmux_name,
+        role="plain",
+        state="lost",  # until it is taken up again
+        created_by=f"server:{server['name']}",
+        **more,
+    )
+    return one("SELECT * FROM session WHERE id = ?", (session_id,))
 
 
 def _reconcile(tx: Transaction, session: dict, item: dict, restarted: bool) -> dict:
@@ -253,6 +298,50 @@ def _reconcile(tx: Transaction, session: dict, item: dict, restarted: bool) -> d
         "action": "close" if ended and item.get("alive", True) else "keep",
         "log_acked": sessions.logs().end(session["id"]),
     }
+
+
+def take_up(caller: Caller, item: dict, restarted: bool) -> dict:
+    """A session that an agent without `sync` has: it is alive (again) unless it had ended here.
+    Its row as it was before. An unknown one is adopted, under the id it comes with if it has one.
+
+    item: as in `sync`. restarted: the agent has found it, and did not have it all the time.
+    """
+    with transaction() as tx:
+        server = one("SELECT * FROM server WHERE id = ?", (caller.server_id,))
+        if item.get("session_id"):
+            session = _adopted_as(tx, server, item)
+        else:
+            session = _named_session(tx, server, item, [])
+        if session["state"] == "starting":
+            _session_started(tx, caller, item | {"session_id": session["id"]})
+        else:
+            _reconcile(tx, session, item, restarted)
+    return session
+
+
+def _adopted_as(tx: Transaction, server: dict, item: dict) -> dict:
+    """The session of that id; raises ValueError when it can be none of this server."""
+    session_id = item["session_id"]
+    if str(uuid.UUID(session_id)) != session_id:
+        raise ValueError(f"not an id as this hub writes them: {session_id!r:.100}")
+    session = one("SELECT * FROM session WHERE id = ?", (session_id,))
+    if session and session["server_id"] != server["id"]:
+        raise ValueError(f"{session_id} is a session of another server")
+    return session or _adopted(
+        tx, server, item["tmux_name"], id=session_id, terminal=item["terminal"]
+    )
+
+
+def lose_others(server_id: str, named: set[str]) -> None:
+    """The sessions named are all that the agent has."""
+    with transaction() as tx:
+        _lose_others(tx, server_id, named)
+
+
+def _lose_others(tx: Transaction, server_id: str, named: set[str]) -> None:
+    for session in sessions.believed_alive(server_id):
+        if session["id"] not in named and session["state"] != "starting":
+            _lose(tx, session, "the agent does not have it any more")
 
 
 def _lose(tx: Transaction, session: dict, why: str) -> None:
@@ -309,6 +398,12 @@ def take_spooled(caller: Caller, frames: list[dict]) -> int:
     return upto
 
 
+def take_report(caller: Caller, frame: dict) -> None:
+    """Handle what would be spooled, from an agent that does not number it."""
+    with transaction() as tx:
+        _handle(tx, caller, frame)
+
+
 def _spool_upto(caller: Caller) -> int:
     return one("SELECT spool_upto FROM server WHERE id = ?", (caller.server_id,))["spool_upto"]
 
@@ -322,9 +417,9 @@ def _handle(tx: Transaction, caller: Caller, frame: dict) -> None:
         with transaction():
             handler(tx, caller, frame)
     except (Refused, cascade.RuleBroken) as refused:
-        log.info("%s: %s not taken: %s", caller.name, frame.get("type"), refused)
+        log.info("%s: %s not taken: %.300s", caller.name, frame.get("type"), refused)
     except MALFORMED as broken:
-        log.warning("%s: malformed %s: %r", caller.name, frame.get("type"), broken)
+        log.warning("%s: malformed %s: %.300r", caller.name, frame.get("type"), broken)
 
 
 def _own_session(caller: Caller, frame: dict) -> dict:
@@ -379,6 +474,8 @@ def _session_recovered(tx, caller: Caller, frame: dict) -> None:
 
 
 def _session_closed(tx, caller: Caller, frame: dict) -> None:
+    """gone: its terminal has ended, not its program, so its task is tried again; told by the lack
+    of an exit code, unless the agent says it."""
     session = _own_session(caller, frame)
     code = frame.get("exit_code")
     open_tasks = _open_tasks_of(session)
@@ -393,10 +490,11 @@ def _session_closed(tx, caller: Caller, frame: dict) -> None:
         log_end=int(frame.get("log_end") or 0),
     )
     for task in open_tasks:
-        if code is None:  # no program's end: the terminal itself is gone, as after a reboot
+        if frame.get("gone", code is None):  # as after a reboot
             tasks.release(tx, task, f"its terminal on {caller.name} is gone")
         else:
-            error = f"the worker's session ended without a report (exit code {code})"
+            shown = "unknown" if code is None else code
+            error = f"the worker's session ended without a report (exit code {shown})"
             tasks.fail(caller, task["id"], error, task["attempt"])
 
 
@@ -494,7 +592,7 @@ def take_passing(caller: Caller, frame: dict) -> list[dict]:
     try:
         return handler(caller, frame) or []
     except (NotFound, *MALFORMED) as broken:
-        log.warning("%s: %s not taken: %s", caller.name, frame.get("type"), broken)
+        log.warning("%s: %s not taken: %.300s", caller.name, frame.get("type"), broken)
         return []
 
 

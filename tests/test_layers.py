@@ -12,7 +12,8 @@ from conftest import ROOT
 LAYERS = (
     ("cascade", "bus"),
     ("models", "logs"),
-    ("auth", "moves", "routing", "reading", "tasks", "sessions", "terminals", "servers", "wire"),
+    ("auth", "moves", "routing", "reading", "tasks", "sessions", "inbox")
+    + ("terminals", "servers", "wire", "nudges", "older"),
     ("web", "ws", "feed", "api", "sockets", "live", "pages"),
     ("hub",),
 )

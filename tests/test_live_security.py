@@ -150,8 +150,8 @@ class Person:
 class Scene:
     """A hub with two projects, people, an agent in each project and sessions on it."""
 
-    def __init__(self, data):
-        self.hub = hub = HubProcess(data)
+    def __init__(self, hub):
+        self.hub = hub
         self.projects, self.agents, self.sessions = {}, {}, {}
         for name in ("shop", "other"):
             self.projects[name] = hub.api("POST", "projects", {"name": name})["id"]
@@ -207,16 +207,19 @@ class Scene:
     def close(self) -> None:
         for agent in self.agents.values():
             agent.close()
-        self.hub.stop()
-        self.hub.http.close()
-        assert not any("Traceback" in line for line in self.hub.lines), "".join(self.hub.lines)
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
-    made = Scene(tmp_path_factory.mktemp("hub"))
-    yield made
-    made.close()
+    hub = HubProcess(tmp_path_factory.mktemp("hub"))
+    try:
+        made = Scene(hub)
+        yield made
+        made.close()
+    finally:
+        hub.stop()
+        hub.http.close()
+    assert not any("Traceback" in line for line in hub.lines), "".join(hub.lines)
 
 
 RESUME = {"type": "resume", "offset": None}

@@ -7,6 +7,7 @@ import time
 import pytest
 
 import auth
+import inbox
 import models
 import servers
 import sessions
@@ -25,6 +26,8 @@ CALLERS = ("nobody", *PEOPLE, *KEYS)
 SIGNED_IN = "1++++++++"
 TASK_WORK = "13++++3+3"
 REPORTING = "13+++++33"  # the task is on the server and is the worker's own
+NOTING = "13++++++3"  # on the worker's own task
+DECIDING = "13+++33+3"  # on a plan, or a question, of the server's and the worker's own task
 OPERATORS = "13+++3333"
 WATCHING = "1++++33+3"
 ADMINS = "133++3333"
@@ -48,6 +51,12 @@ ROUTES = {
     "POST servers/heartbeat": SERVERS,
     "GET servers/tasks/poll": SERVERS,
     "POST server/poll": SERVERS,
+    "GET files/pending": SERVERS,
+    "GET files/pulls/pending": SERVERS,
+    "GET access-grants": SERVERS,
+    "GET approval-rules": SERVERS,
+    "POST permissions/log": SERVERS,
+    "PATCH sessions/<ref>/mcp-status": SERVERS,
     "GET servers": SIGNED_IN,
     "GET servers/<ref>": SIGNED_IN,
     "PATCH servers/<ref>": ADMINS,
@@ -66,6 +75,14 @@ ROUTES = {
     "POST tasks/<ref>/start": REPORTING,
     "POST tasks/<ref>/complete": REPORTING,
     "POST tasks/<ref>/fail": REPORTING,
+    "GET tasks/check": SIGNED_IN,
+    "POST tasks/<ref>/help": REPORTING,
+    "POST tasks/<ref>/plan": REPORTING,
+    "GET tasks/<ref>/plan": SIGNED_IN,
+    "POST tasks/<ref>/plan/approve": DECIDING,
+    "POST tasks/<ref>/plan/revise": DECIDING,
+    "GET tasks/<ref>/notes": SIGNED_IN,
+    "POST tasks/<ref>/notes": NOTING,
     "POST tasks/<ref>/dependencies": TASK_WORK,
     "DELETE tasks/<ref>/dependencies/<other>": TASK_WORK,
     "GET tasks/<ref>/events": SIGNED_IN,
@@ -73,6 +90,10 @@ ROUTES = {
     "GET tasks/<ref>/contracts": SIGNED_IN,
     "GET tasks/<ref>/contracts/<key>": SIGNED_IN,
     "PUT tasks/<ref>/contracts/<key>": OPERATORS,
+    "GET interventions": SIGNED_IN,
+    "GET interventions/<ref>": SIGNED_IN,
+    "POST interventions/<ref>/respond": DECIDING,
+    "GET status": SIGNED_IN,
     "POST pipelines": TASK_WORK,
     "GET pipelines": SIGNED_IN,
     "GET pipelines/<ref>": SIGNED_IN,
@@ -103,6 +124,11 @@ BODIES = {
     "PATCH tasks/<ref>": {"spec": "new"},
     "POST tasks/<ref>/complete": {"result": {"contracts": {"k": 1}}},
     "POST tasks/<ref>/fail": {"error": "no"},
+    "POST tasks/<ref>/help": {"question": "why?"},
+    "POST tasks/<ref>/plan": {"plan": "do it"},
+    "POST tasks/<ref>/plan/revise": {"feedback": "no"},
+    "POST tasks/<ref>/notes": {"content": "new"},
+    "POST interventions/<ref>/respond": {"response": "yes"},
     "POST tasks/<ref>/dependencies": {
         "depends_on_task_id": "{other}",
         "dependency_type": "related",
@@ -117,7 +143,10 @@ BODIES = {
     "POST sessions/<ref>/input": {"data": "YQ=="},
     "POST sessions/<ref>/resize": {"cols": 80, "rows": 25},
 }
-QUERIES = {"GET servers", "GET tasks", "GET pipelines", "GET sessions", "GET events"}
+QUERIES = {
+    f"GET {what}"
+    for what in ("servers", "tasks", "pipelines", "sessions", "events", "interventions")
+}
 
 
 def api_routes(app) -> set[tuple[str, str]]:
@@ -169,6 +198,9 @@ class Scene:
         world.assign(run, server=f"dev-{project}")
         world.start(run)
         worker = world.row(run)["session_id"]
+        asks = f"asks-{project}"
+        world.working(asks, server=f"dev-{project}", project=project)
+        asked, _ = inbox.ask(HUB, world.ids[asks], "why?", kind="question")
         made = {}
         for role in ("orchestrator", "plain"):
             data = {"server_id": server, "role": role, "name": f"{role}-{project}"}
@@ -187,6 +219,7 @@ class Scene:
             "other": world.ids[up],
             "sessions": worker,
             "worker": worker,
+            "interventions": asked["id"],
             "pipelines": pipeline["id"],
             "users": "victim",
             "key": "k",

@@ -6,6 +6,7 @@ import pytest
 
 import auth
 import cascade
+import inbox
 import models
 import moves
 import reading
@@ -464,17 +465,20 @@ def test_assigning_with_a_plan_required_leads_through_the_plan(world):
     assert world.status("A") == "planning"
     assert world.types("A")[-2:] == ["task_assigned", "task_planning"]
     ref = world.ids["A"]
-    for verb, state in (
-        ("submit_plan", "plan_review"),
-        ("revise_plan", "planning"),
-        ("ask", "needs_human"),
-        ("answer", "planning"),
-        ("submit_plan", "plan_review"),
-        ("approve_plan", "running"),
-        ("ask", "needs_human"),
-        ("answer", "running"),
+
+    def asked():
+        return inbox.ask(HUB, ref, "Which one?")[0]["id"]
+
+    for step, state in (
+        (lambda: inbox.submit_plan(HUB, ref, {"summary": "one"}), "plan_review"),
+        (lambda: inbox.revise(HUB, ref, "smaller"), "planning"),
+        (lambda: inbox.answer(HUB, asked(), "This."), "planning"),
+        (lambda: inbox.submit_plan(HUB, ref, {"summary": "two"}), "plan_review"),
+        (lambda: inbox.approve(HUB, ref), "running"),
+        (lambda: inbox.answer(HUB, asked(), "That."), "running"),
     ):
-        assert tasks.plan_move(HUB, ref, verb)["status"] == state
+        step()
+        assert world.status("A") == state
         world.check()
     assert world.busy("dev") == 1
     world.complete("A")
