@@ -155,9 +155,10 @@ class LogStore:
     # ── what is to be stored ──────────────────────────────────────────────────────────────────
 
     def append(
-        self, session_id: str, offset: int, data: bytes, at: float, times=None, then=None
+        self, session_id: str, offset: int | None, data: bytes, at: float, times=None, then=None
     ) -> None:
         """Queue `data` to be stored if it touches the stored end; wait while too much waits.
+        offset None: at the end, wherever that is by then.
 
         What begins before the end is cut, what begins after it is not stored. `then(end)` is
         called after the commit with the end as it is then, once for several blocks of one session
@@ -166,11 +167,11 @@ class LogStore:
         at: when the first byte was printed; times: [[n, t], …], byte n of the block t seconds
         after that.
         """
-        if offset < 0:
+        if offset is not None and offset < 0:
             raise ValueError(f"an offset of {offset}")
 
         def deed(row: _Log) -> None:
-            self._append(row, offset, data, at, times or [])
+            self._append(row, row.stop if offset is None else offset, data, at, times or [])
 
         self._put(_Job(session_id, deed, len(data), then))
 
@@ -187,6 +188,14 @@ class LogStore:
             self._gap(row, start, stop, why)
 
         return self._wait(_Job(session_id, deed, then=then))
+
+    def interrupted(self, session_id: str, why: str) -> None:
+        """Mark that nobody knows how much is missing at the end of what is stored."""
+
+        def deed(row: _Log) -> None:
+            self._gap(row, row.stop, None, why)
+
+        self._put(_Job(session_id, deed))
 
     def resized(self, session_id: str, cols: int, rows: int, was: tuple | None = None) -> None:
         """The terminal has another size from here on; was: (cols, rows) before the first time."""
@@ -504,7 +513,7 @@ class LogStore:
                 for start, data, at, times in cursor:
                     if start + len(data) > offset:
                         found.append(Block(start, data, at, json.loads(times) if times else []))
-                        size += len(data)
+                        size += start + len(data) - max(start, offset)
                     if size >= limit:
                         break
                 cursor.close()

@@ -37,7 +37,7 @@ def server_value(row: dict) -> dict:
         "repos": {**_parsed(row["repos"]), **(declared.get("repos") or {})},
         "slots": declared.get("slots") or row["slots"],
         "busy": row["busy"],
-        "manual": row["manual"],
+        "manual": bool(row["manual"]) or row["protocol"] == 1,  # which starts no workers by itself
     }
     for kind in cascade.LISTS:
         value[kind] = declared[kind] if kind in declared else _parsed(row[kind])

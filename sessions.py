@@ -180,6 +180,7 @@ def open_session(caller: Caller, data: dict) -> tuple[dict, bool]:
         task = _task_for(caller, server, data.get("task_id"))
         if task and (live := _live_session_of(task)):
             return live, False
+        _refuse_crowd(server)
         session_id = _new_session(tx, caller, server, task, data)
         session = one("SELECT * FROM session WHERE id = ?", (session_id,))
         if task:
@@ -189,6 +190,18 @@ def open_session(caller: Caller, data: dict) -> tuple[dict, bool]:
             moves.command(tx, server["id"], "session_start", session_id)
         session_event(tx, session, "session_requested", caller.actor, {"name": session["name"]})
     return session, True
+
+
+def _refuse_crowd(server: dict) -> None:
+    """The public daemon reads its terminals with a few threads: with more sessions than its
+    slots output would stall. Raises Conflict."""
+    slots, live = routing.server_value(server)["slots"], len(believed_alive(server["id"]))
+    if server["protocol"] == 1 and live >= slots:
+        raise Conflict(
+            f"Server {server['name']!r} has {live} sessions, the most its daemon can serve: "
+            "close one, or raise the server's slots.",
+            code="crowded",
+        )
 
 
 def _task_for(caller: Caller, server: dict, ref: str | None) -> dict | None:

@@ -7,7 +7,9 @@ import json
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+import uuid
+from collections import OrderedDict
+from functools import partial
 
 from apiflask import APIBlueprint
 from pydantic import BaseModel, Field
@@ -15,13 +17,14 @@ from simple_websocket import ConnectionClosed
 
 import auth
 import models
+import older
 import servers
 import terminals
 import wire
 import ws
 from api import server_caller
 from auth import Caller
-from models import Conflict, Forbidden, Invalid, Refused, bus
+from models import Conflict, Forbidden, Invalid, Refused, Unauthorised, bus
 from web import loads
 from ws import Wire, text_frame
 
@@ -49,6 +52,8 @@ class Poll(BaseModel):
 # Close codes: what a client should do next is in protocol terms, the sentence goes with it.
 REVOKED, SUPERSEDED, MALFORMED, TRY_AGAIN = 4401, 4001, 4400, 1013
 CLOSE_CODES = {401: 4401, 403: 4403, 404: 4404, 503: TRY_AGAIN}
+ENDS = {Unauthorised: REVOKED, Invalid: MALFORMED}
+REVOKED_TEXT = "the key of this server was revoked"
 
 
 class Link:
@@ -68,7 +73,7 @@ class Link:
         self.silent = False
         self.revoked = False
         self.closed = False
-        self._waiting: deque[dict] = deque()
+        self._waiting: list[dict] = []
         self._bytes = 0
         self._due = True  # commands may wait in the table
         self._changed = threading.Condition()
@@ -116,10 +121,10 @@ class Link:
                 due, self._due = self._due, False
             commands = self._commands() if due and not self.revoked else []
             with self._changed:
-                frames = [*commands, *self._waiting]
+                moments = list(self._waiting)
                 self._waiting.clear()
                 self._bytes = 0
-            return frames
+            return [*commands, *self._moments(moments)]
 
     def _commands(self) -> list[dict]:
         try:
@@ -127,6 +132,10 @@ class Link:
         except BaseException:
             self._due = True
             raise
+
+    def _moments(self, frames: list[dict]) -> list[dict]:
+        """Frames for the moment as this agent understands them."""
+        return frames
 
     def supersede(self) -> None:
         """A newer connection of this server has taken over."""
@@ -202,7 +211,7 @@ class SocketLink(Link):
         while True:
             frames = self.take()
             if self.revoked:
-                self._connection.close(REVOKED, "the key of this server was revoked")
+                self._connection.close(REVOKED, REVOKED_TEXT)
                 return []
             if frames:
                 return frames
@@ -211,9 +220,58 @@ class SocketLink(Link):
                     self._busy = False
                     return []
 
+    def answer(self, caller: Caller, texts: list[str | bytes]) -> None:
+        """Handle messages, and send what they are answered with. Raises Invalid for one that is no
+        frame."""
+        frames = [_frame(text) for text in texts]
+        for part in _up_to_pings(frames):
+            send(self._connection, receive(caller, part))
+        self.acknowledged(frames)
+
     def supersede(self) -> None:
         self.close()
         self._connection.close(SUPERSEDED, "a newer connection of this server has taken over")
+
+
+class OlderLink(SocketLink):
+    """A public daemon on its WebSocket: the same, in the older form."""
+
+    def __init__(self, daemon: older.Daemon, connection: Wire):
+        self._daemon = daemon
+        super().__init__(daemon.server_id, str(uuid.uuid4()), connection)
+
+    def put(self, message) -> bool:
+        if message == "announced":
+            self._daemon.announced()
+        return super().put(message)
+
+    def remind(self, now: float) -> None:
+        if self._daemon.due(now):
+            self.put("look")
+        super().remind(now)
+
+    def _commands(self) -> list[dict]:
+        try:
+            self._daemon.settle(time.monotonic())
+            if self.closed or not self._daemon.listening:
+                return []
+            return self._daemon.commands(super()._commands())
+        except BaseException:
+            self._due = True
+            raise
+
+    def _moments(self, frames: list[dict]) -> list[dict]:
+        return self._daemon.moments(frames)
+
+    def answer(self, caller: Caller, texts: list[str | bytes]) -> None:
+        """A message that is no frame is passed over: the daemon would only come again."""
+        for text in texts:
+            try:
+                frame = _frame(text)
+            except Invalid as invalid:
+                log.warning("%s: %s", caller.name, invalid)
+            else:
+                send(self._connection, self._daemon.receive(frame))
 
 
 class Links:
@@ -347,35 +405,46 @@ def _exchange(caller: Caller, link: PollLink, call: Poll) -> list[dict]:
 
 
 @ws.route(sockets, "/ws/server")
-def agent_socket(connection: Wire) -> None:
-    """An agent's WebSocket (protocol 2): the same frames as the poll's, as they come."""
-    caller, instance = _greeted(connection)
-    if caller is None:
-        return
-    connection.allow(AGENT_MOST)
+def agent_socket(connection: Wire):
+    """An agent's WebSocket: the same frames as the poll's, as they come, or those of the older
+    form."""
+    caller, hello = _greeted(connection)
+    if caller:
+        connection.allow(AGENT_MOST)
+        instance = str(hello.get("instance") or "") if hello.get("protocol") == 2 else None
+        return partial(_serve, connection, caller, instance)
+
+
+def _serve(connection: Wire, caller: Caller, instance: str | None) -> None:
+    """instance: of the agent; None for a daemon that speaks the older form."""
     link = None
     try:
+        if instance is None:
+            link = _joined_older(connection, caller)
+        else:
+            link = _joined(connection, caller, instance, _frame(connection.receive()))
         while True:
-            frames = [_frame(text) for text in connection.receive_all()]
-            servers.alive(caller.server_id)
-            if link is None:
-                link = _joined(connection, caller, instance, frames.pop(0))
-            if frames:
-                send(connection, receive(caller, frames))
-                link.acknowledged(frames)
-    except Invalid as refused:
-        log.warning("%s: %s", caller.name, refused)
-        connection.close(MALFORMED, str(refused))
+            _exchange_next(connection, caller, link)
     except Refused as refused:
-        log.warning("%s: %s", caller.name, refused)
-        connection.close(TRY_AGAIN, str(refused))
+        log.warning("%s: %.300s", caller.name, refused)
+        connection.close(ENDS.get(type(refused), TRY_AGAIN), str(refused))
     finally:
         if link and links.drop(link) and not ws.stopping():
             wire.disconnected(caller.server_id)
 
 
-def _greeted(connection: Wire) -> tuple[Caller | None, str]:
-    """Who connects and as which process; None when they were turned away."""
+def _exchange_next(connection: Wire, caller: Caller, link: SocketLink) -> None:
+    """Handle what an agent sends next, and answer. (In a function of its own, or the last
+    messages would be held until others come.)"""
+    texts = connection.receive_all()
+    if link.revoked:  # they may not have read that yet
+        raise Unauthorised(REVOKED_TEXT)
+    servers.alive(caller.server_id)
+    link.answer(caller, texts)
+
+
+def _greeted(connection: Wire) -> tuple[Caller | None, dict]:
+    """Who connects, and with which words; nobody when they were turned away."""
     text = connection.receive(HELLO_S)
     try:
         frame = _frame(text or "{}")
@@ -384,31 +453,57 @@ def _greeted(connection: Wire) -> tuple[Caller | None, str]:
         caller = auth.by_key(str(frame.get("api_key") or ""))
         if caller.kind != "server":
             raise Forbidden("This is for servers: send the server's key.")
-        if frame.get("protocol") != 2:
-            raise Invalid("This hub speaks protocol 2 here: update the agent.", code="protocol")
-        answers = _opened(_auth, caller, frame)
+        if frame.get("protocol") not in (None, 1, 2):
+            raise Invalid("This hub speaks protocol 2 here: update the hub.", code="protocol")
+        older_form = frame.get("protocol") != 2
+        answers = [] if older_form else _opened(_auth, caller, frame)
     except Refused as refused:
         send(connection, [{"type": "auth_error", "detail": str(refused), "code": refused.code}])
         connection.close(CLOSE_CODES.get(refused.status, MALFORMED), str(refused))
-        return None, ""
+        return None, {}
     send(connection, answers)
-    return caller, str(frame.get("instance") or "")
+    return caller, frame
 
 
-def _joined(connection: Wire, caller: Caller, instance: str, frame: dict) -> "SocketLink":
+def _joined(connection: Wire, caller: Caller, instance: str, frame: dict) -> SocketLink:
     """Take the sync of a new connection; it is its server's connection from now on."""
     if frame.get("type") != "sync":
         raise Invalid("The second frame must be sync.")
+    servers.alive(caller.server_id)
     link = SocketLink(caller.server_id, instance, connection)
+    _open(link, caller, lambda: send(connection, _opened(_sync, caller, frame)))
+    return link
+
+
+def _joined_older(connection: Wire, caller: Caller) -> OlderLink:
+    """A connection without sync is its server's at once: before it is welcomed, since what comes
+    then, by HTTP too, is about it."""
+    servers.alive(caller.server_id)
+    daemon = older.Daemon(caller)
+    link = OlderLink(daemon, connection)
+
+    def welcome():
+        send(connection, [{"type": "auth_ok"}])
+        daemon.greet()
+
+    _open(link, caller, welcome)
+    return link
+
+
+def _open(link: SocketLink, caller: Caller, greet) -> None:
+    """Make the link its server's connection. It hears of a new key from its making on: one that
+    came before is seen here."""
+    if auth.again(caller) is None:
+        link.close()
+        raise Unauthorised(REVOKED_TEXT)
     links.open(link)
     try:
-        send(connection, _opened(_sync, caller, frame))
+        greet()
     except BaseException:
         links.drop(link)
         raise
     link.begin()
     terminals.streams.server_back(caller.server_id)
-    return link
 
 
 def _frame(text: str | bytes) -> dict:
@@ -420,6 +515,17 @@ def _frame(text: str | bytes) -> dict:
     if not isinstance(frame, dict):
         raise Invalid("A message is not a JSON object.")
     return frame
+
+
+def _up_to_pings(frames: list[dict]):
+    """The frames in parts: before a ping is answered, what came before it has been."""
+    part = []
+    for frame in frames:
+        if frame.get("type") == "ping":
+            yield part
+            part = []
+        part.append(frame)
+    yield part
 
 
 def send(connection: Wire, frames: list[dict]) -> None:
@@ -455,8 +561,8 @@ def _opened(handler, caller: Caller, frame: dict) -> list[dict]:
     try:
         return handler(caller, frame)
     except wire.MALFORMED as broken:
-        log.warning("%s: malformed %s", caller.name, frame["type"], exc_info=True)
-        raise Invalid(f"The {frame['type']} frame is malformed: {broken!r}.") from broken
+        log.warning("%s: malformed %s: %.300r", caller.name, frame["type"], broken)
+        raise Invalid(f"The {frame['type']} frame is malformed: {broken!r:.200}.") from broken
 
 
 def _take(caller: Caller, spooled: list[dict]) -> dict:
