@@ -26,6 +26,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 import api
 import auth
+import install
 import live
 import logs
 import models
@@ -68,6 +69,7 @@ KINDS = {str: "text", int: "a whole number", float: "a number"}
 
 # How long requests under way may take when the hub stops; idle connections would keep it for ever.
 STOPPING_S = 0.5
+READ_BYTES = 1024  # of a request, read at a time; every connection holds a buffer of this size
 
 
 class BadSetting(Exception):
@@ -151,6 +153,7 @@ def create_app(settings: dict) -> APIFlask:
     app.register_blueprint(sockets.sockets)
     app.register_blueprint(live.bp)
     app.register_blueprint(pages.bp)
+    app.register_blueprint(install.bp)
     return app
 
 
@@ -244,10 +247,28 @@ def print_login_link(settings: dict) -> int:
     return 0
 
 
+def _server(sock: socket.socket, app: APIFlask):
+    from gevent.pool import Pool
+    from gevent.pywsgi import WSGIHandler, WSGIServer
+
+    class Handler(WSGIHandler):
+        """Holds little of a connection that lasts: there may be thousands."""
+
+        def __init__(self, connection, address, server):
+            reader = connection.makefile("rb", READ_BYTES)
+            super().__init__(connection, address, server, reader)
+
+        def get_environ(self):
+            environ = super().get_environ()
+            self.headers = None  # the environment has them
+            return environ
+
+    # A pool, so that stopping waits for the requests under way before the database is closed.
+    return WSGIServer(sock, app, log=None, error_log=log, spawn=Pool(), handler_class=Handler)
+
+
 def serve(settings: dict) -> int:
     import gevent
-    from gevent.pool import Pool
-    from gevent.pywsgi import WSGIServer
 
     try:
         sock = listener(settings["host"], settings["port"])
@@ -265,8 +286,7 @@ def serve(settings: dict) -> int:
     app = create_app(settings)
     _welcome(settings)
     scheduler = start_jobs(settings)
-    # A pool, so that stopping waits for the requests under way before the database is closed.
-    server = WSGIServer(sock, app, log=None, error_log=log, spawn=Pool())
+    server = _server(sock, app)
     stop = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(name, stop.set)
@@ -275,7 +295,7 @@ def serve(settings: dict) -> int:
     log.info("stopping")
     scheduler.shutdown(wait=False)
     server.stop_accepting()
-    ws.stop()
+    ws.stop(STOPPING_S)
     models.bus.close()
     server.stop(timeout=STOPPING_S)
     servers.save_heartbeats()

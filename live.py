@@ -3,6 +3,7 @@
 import json
 import logging
 import threading
+from functools import partial
 
 from apiflask import APIBlueprint
 from flask import request
@@ -74,11 +75,17 @@ def _turn_away(connection: Wire, refused: Refused) -> None:
 
 
 @ws.route(bp, "/ws/terminal/<ref>")
-def terminal(connection: Wire, ref: str) -> None:
+def terminal(connection: Wire, ref: str):
     """Watch a session and type into it."""
+    try:
+        return partial(_watch, connection, _arrived(connection), ref)
+    except Refused as refused:
+        _turn_away(connection, refused)
+
+
+def _watch(connection: Wire, caller: Caller, ref: str) -> None:
     watcher = None
     try:
-        caller = _arrived(connection)
         watcher = Watcher(caller, ref)
         connection.allow(PERSON_MOST)
         first = connection.receive(FIRST_S)
@@ -119,10 +126,16 @@ KINDS = ("task", "session", "server")
 
 
 @ws.route(bp, "/ws/dashboard")
-def dashboard(connection: Wire) -> None:
+def dashboard(connection: Wire):
     """Every event one may see, as it is committed; `resume {after}` begins at an id."""
     try:
-        caller = _arrived(connection)
+        return partial(_report, connection, _arrived(connection))
+    except Refused as refused:
+        _turn_away(connection, refused)
+
+
+def _report(connection: Wire, caller: Caller) -> None:
+    try:
         first = connection.receive(FIRST_S)
         following, sending = _follow(connection, caller, _after(first))
         try:

@@ -12,7 +12,7 @@ import weakref
 from base64 import b64decode
 from collections import deque
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from socket import SHUT_RDWR, SHUT_WR
 
 import flask_sock
@@ -36,6 +36,9 @@ CLOSING_S = 2.0  # how long a closed connection may wait for the other side's fa
 REASON_MOST = 120  # bytes of a reason in a close frame (RFC 6455: 123)
 YIELD_EVERY = 8  # messages of one peer after which others get their turn
 TURN_S = 1e-9  # to sleep 0 s lets only those run who are ready; with this, input is looked for too
+AT_ONCE = 32  # readers in the background whose turn it is at the same moment
+MOMENT_S = 0.005
+ANSWERING_S = 1.0  # so long after it was sent something, what a peer says may be the answer
 PONGS_MOST = 100  # that wait to be sent; a peer must not expect one for each ping (RFC 6455, 5.5.3)
 
 
@@ -51,6 +54,49 @@ class UpgradeRequired(HTTPException):
 def text_frame(payload: bytes) -> bytes:
     """A whole text message as it goes over the wire; may be sent to any number of peers."""
     return Frame(Opcode.TEXT, payload).serialize(mask=False)
+
+
+class _Turns:
+    """Turns of readers at whose connections nobody waits: a few at once, and then input is looked
+    for. However many peers say something at the same moment, a keystroke waits for few of them."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
+        self._moment = 0.0
+        self._taken = 0  # turns at this moment
+        self._ushering = False
+
+    def take(self) -> None:
+        """Wait for a turn, when many have had theirs just now."""
+        with self._lock:
+            if not self._ushering and time.monotonic() - self._moment > MOMENT_S:
+                self._moment, self._taken = time.monotonic(), 0
+            if self._taken < AT_ONCE:
+                self._taken += 1
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+            begins, self._ushering = not self._ushering, True
+        if begins:
+            threading.Thread(target=self._usher, name="turns", daemon=True).start()
+        turn.acquire()
+
+    def _usher(self) -> None:
+        while True:
+            time.sleep(TURN_S)
+            with self._lock:
+                self._taken = min(AT_ONCE, len(self._waiting))
+                self._ushering = bool(self._waiting)
+                if not self._ushering:
+                    return
+                turns = [self._waiting.popleft() for _ in range(self._taken)]
+            for turn in turns:
+                turn.release()
+
+
+_turns = _Turns()
 
 
 class Wire:
@@ -69,11 +115,13 @@ class Wire:
         self._protocol = Protocol(SERVER, state=OPEN, max_size=STRANGER_MOST, logger=_quiet)
         self._rules = threading.Lock()  # around the protocol's state
         self._sending = threading.Lock()  # around the socket: whole frames only
-        # Of the protocol itself: pongs, and at the end a farewell.
-        self._answers: deque[bytes] = deque(maxlen=PONGS_MOST)
-        self._messages: deque[str | bytes] = deque()
+        # Lists: an empty deque takes ten times as much, and most connections are idle.
+        self._answers: list[bytes] = []  # of the protocol itself: pongs, at the end a farewell
+        self._messages: list[str | bytes] = []
         self._parts: tuple[Opcode, bytearray] | None = None
         self._taken = 0
+        self._background = False
+        self._spoke = 0.0
         self._closed = False  # we have said farewell, or it has ended
         self._ended = False
         self.heard = time.monotonic()
@@ -84,6 +132,10 @@ class Wire:
     def allow(self, size: int) -> None:
         """Receive messages of up to `size` bytes from now on."""
         self._protocol.max_message_size = size
+
+    def stay_in_background(self) -> None:
+        """Nobody waits for what this peer says, unless it was sent something just before."""
+        self._background = True
 
     def limit_silence(self, seconds: float) -> None:
         """How long `receive` waits before it pings; also the longest a send may be stuck."""
@@ -102,14 +154,14 @@ class Wire:
             return self._receive_within(timeout)
         while not self._messages:
             self._read()
-        return self._messages.popleft()
+        return self._messages.pop(0)
 
     def receive_all(self) -> list[str | bytes]:
         """The messages that have come, waiting for one; a few at most, and others get their turn
         in between, however fast one peer sends."""
         taken = [self.receive()]
         while self._messages and len(taken) < YIELD_EVERY:
-            taken.append(self._messages.popleft())
+            taken.append(self._messages.pop(0))
         self._taken += len(taken)
         if self._taken >= YIELD_EVERY:
             self._taken = 0
@@ -128,7 +180,7 @@ class Wire:
                 self._read(ping=False)
         finally:
             self._sock.settimeout(usual)
-        return self._messages.popleft()
+        return self._messages.pop(0)
 
     def _read(self, ping: bool = True) -> None:
         self._check_open()
@@ -141,6 +193,8 @@ class Wire:
         except OSError:
             data = b""
         self.heard = time.monotonic()
+        if self._background and self.heard - self._spoke > ANSWERING_S:
+            _turns.take()
         self._parse(data)
         if not self._messages:
             time.sleep(TURN_S)  # however much it was, it was nothing one waits for
@@ -157,6 +211,7 @@ class Wire:
                 self._protocol.receive_eof()
             frames = self._protocol.events_received()
             self._answers += [part for part in self._protocol.data_to_send() if part]
+            del self._answers[:-PONGS_MOST]
         for frame in frames:
             if not self._closed:
                 self._assemble(frame)
@@ -201,6 +256,7 @@ class Wire:
         try:
             with self._sending:
                 self._check_open()  # nothing follows a farewell
+                self._spoke = time.monotonic()
                 self._sock.sendall(data)
         except OSError as error:  # gone, or stuck for too long in the middle of a frame
             self._end()
@@ -261,9 +317,17 @@ class Wire:
         except OSError:
             pass  # it has ended already
         self._end()
-
-        if self.mode == "gevent":
+        if self._stream is None:
+            self._sock.close()  # nobody else does: its request is over
+        elif self.mode == "gevent":
             self._stream.close()  # its server would take what was not read for a request
+
+    def leave_request(self) -> None:
+        """Go on when the request is over: its server closes what it has of the connection then."""
+        self._stream.close()
+        self._stream = None
+        usual, self._sock = self._sock.gettimeout(), type(self._sock)(fileno=self._sock.detach())
+        self._sock.settimeout(usual)
 
     def _end(self) -> None:
         self._ended = True
@@ -277,8 +341,8 @@ _open: "weakref.WeakSet[Wire]" = weakref.WeakSet()
 _stopping = threading.Event()
 
 
-def stop() -> None:
-    """Close every open WebSocket because the hub stops."""
+def stop(patience_s: float = 0.0) -> None:
+    """Close every open WebSocket because the hub stops, and give those who serve them so long."""
     _stopping.set()
     closing = [
         threading.Thread(target=wire.close, args=(1012, "the hub restarts"), daemon=True)
@@ -288,6 +352,9 @@ def stop() -> None:
         thread.start()
     for thread in closing:
         thread.join()
+    deadline = time.monotonic() + patience_s
+    for thread in list(_serving):
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def stopping() -> bool:
@@ -332,27 +399,69 @@ def _socket_of(environ: dict) -> tuple:
     return environ.get("werkzeug.socket") or stream.raw._sock, stream
 
 
-flask_sock.Server = Wire
+class _Upgraded:
+    """What flask-sock has of a connection while its request lasts."""
+
+    def __init__(self, environ: dict):
+        self.wire = Wire(environ)
+        self.mode = self.wire.mode
+
+    def close(self) -> None:
+        """Whoever serves the connection closes it."""
+
+
+flask_sock.Server = _Upgraded
 _sock = flask_sock.Sock()
+_serving: set[threading.Thread] = set()
 
 
 def route(bp, path: str):
-    """Register a handler `(wire, **parts of the path)` for a WebSocket on a blueprint."""
+    """Register a handler `(wire, **parts of the path)` for a WebSocket on a blueprint.
+
+    If it returns a function, that serves the connection from then on, beyond the request where
+    that is possible: of an idle connection, what belongs to its request is the greater part.
+    """
 
     def register(handler):
         @wraps(handler)
-        def guarded(wire: Wire, **parts):
-            try:
-                handler(wire, **parts)
-            except ConnectionClosed:
-                pass
-            except Exception:  # an HTTP answer cannot be given any more
-                log.exception("%s failed", path)
-                wire.close(1011, "Something broke inside the hub; its log says what.")
-            finally:
-                wire.finish()
+        def upgraded(connection: _Upgraded, **parts):
+            wire = connection.wire
+            serve = _guarded(path, wire, partial(handler, wire, **parts))
+            if serve and wire.mode == "gevent":
+                wire.leave_request()
+                threading.Thread(
+                    target=_serve, args=(path, wire, serve), name=path, daemon=True
+                ).start()
+            else:
+                _finish(path, wire, serve)
 
-        _sock.route(path, bp=bp)(guarded)
+        _sock.route(path, bp=bp)(upgraded)
         return handler
 
     return register
+
+
+def _serve(path: str, wire: Wire, serve) -> None:
+    thread = threading.current_thread()
+    _serving.add(thread)
+    try:
+        _finish(path, wire, serve)
+    finally:
+        _serving.discard(thread)
+
+
+def _finish(path: str, wire: Wire, serve) -> None:
+    if serve:
+        _guarded(path, wire, serve)
+    wire.finish()
+
+
+def _guarded(path: str, wire: Wire, handle):
+    """What `handle` returns; nothing when the connection has ended or the handler is broken."""
+    try:
+        return handle()
+    except ConnectionClosed:
+        pass
+    except Exception:  # an HTTP answer cannot be given any more
+        log.exception("%s failed", path)
+        wire.close(1011, "Something broke inside the hub; its log says what.")

@@ -9,10 +9,7 @@ it is no test.
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import random
-import resource
 import shutil
 import sqlite3
 import statistics
@@ -25,8 +22,23 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-# The directory of this script goes, or its name would hide the hub's own `cascade`.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+# The directory of this script comes last, or its name would hide the hub's own `cascade`.
+HERE = Path(__file__).resolve().parent
+sys.path[0] = str(HERE.parent)
+sys.path.append(str(HERE))
+
+from figures import (  # noqa: E402
+    aim,
+    cell,
+    disk_directory,
+    machine,
+    machine_text,
+    milliseconds,
+    peak_mb,
+    quantile,
+    say,
+    timed,
+)
 
 import auth  # noqa: E402
 import models  # noqa: E402
@@ -35,7 +47,6 @@ import tasks  # noqa: E402
 SEED = 42
 SERVERS = 3
 RESULT = {"summary": "done"}
-MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 
 RATIO_AIM = 0.45  # of the raw engine's tasks/s
 HAND_OFF_AIM_MS = 5.0
@@ -321,12 +332,6 @@ class Raw:
         return self.db.execute("SELECT COUNT(*) FROM task WHERE status = 'done'").fetchone()[0]
 
 
-def timed(call: Callable, *arguments) -> float:
-    began = time.perf_counter()
-    call(*arguments)
-    return time.perf_counter() - began
-
-
 def drive(engine, shape: Shape) -> tuple[Timing, dict[str, str]]:
     """Create the shape and run every task of it as it is assigned: start, then complete."""
     began = time.perf_counter()
@@ -349,15 +354,6 @@ def drive(engine, shape: Shape) -> tuple[Timing, dict[str, str]]:
         raise RuntimeError(f"{engine.done()} of {len(ids)} tasks are done")
     timing.peak_mb = peak_mb()
     return timing, ids
-
-
-def peak_mb() -> float:
-    """The most memory this process ever had resident."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 # ── one measurement, in a process of its own ──────────────────────────────────────────────────
@@ -398,12 +394,6 @@ def compare(directory: str, shape: Shape, rounds: int) -> tuple[list[Timing], li
 # ── numbers ───────────────────────────────────────────────────────────────────────────────────
 
 
-def quantile(values: list[float], share: float) -> float | None:
-    if not values:
-        return None
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
-
-
 def medians(timings: list[Timing]) -> dict:
     """The median round of each number; times in milliseconds."""
 
@@ -429,11 +419,7 @@ def ratio(those: list[Timing], others: list[Timing]) -> float:
     return round(statistics.median(other.run_s / this.run_s for this, other in pairs), 3)
 
 
-def milliseconds(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds * 1000
-
-
-def measure(directory: str, size: Size, say: Callable[[str], None]) -> dict:
+def measure(directory: str, size: Size) -> dict:
     """Every number of the report."""
     plain = [
         Shape(f"chain of {size.tasks:,}", chain(size.tasks)),
@@ -454,11 +440,11 @@ def measure(directory: str, size: Size, say: Callable[[str], None]) -> dict:
     return {
         "environment": environment(directory, size),
         "shapes": shapes,
-        "growth": growth(directory, size, say),
+        "growth": growth(directory, size),
     }
 
 
-def growth(directory: str, size: Size, say: Callable[[str], None]) -> dict:
+def growth(directory: str, size: Size) -> dict:
     """The same chain in a project with few and with many other tasks, in turns."""
     shape = Shape("chain", chain(size.tasks))
     few, many = [], []
@@ -475,41 +461,10 @@ def growth(directory: str, size: Size, say: Callable[[str], None]) -> dict:
 
 
 def environment(directory: str, size: Size) -> dict:
-    syncs = [milliseconds(s) for s in sync_times(directory)]
-    return {
-        "directory": directory,
-        "filesystem": filesystem(directory),
-        "fdatasync_p50_ms": round(quantile(syncs, 0.5), 3),
-        "fdatasync_p99_ms": round(quantile(syncs, 0.99), 3),
-        "python": platform.python_version(),
-        "sqlite": sqlite3.sqlite_version,
-        "cpus": os.cpu_count(),
-        "machine": platform.platform(),
+    return machine(directory) | {
         "size": asdict(size),
         "numbers": f"median of {size.rounds}" if size.rounds > 1 else "one round",
     }
-
-
-def sync_times(directory: str, n: int = 200) -> list[float]:
-    """How long this disk takes to keep one page: the floor under every transaction."""
-    with tempfile.TemporaryFile(dir=directory) as file:
-        times = []
-        for _ in range(n):
-            file.write(bytes(4096))
-            file.flush()
-            times.append(timed(os.fdatasync, file.fileno()))
-    return times
-
-
-def filesystem(directory: str) -> str:
-    """The type of the file system that holds the directory, as /proc/mounts has it."""
-    try:
-        lines = Path("/proc/mounts").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    mounts = {mount: kind for _, mount, kind, *_ in map(str.split, lines)}
-    path = Path(directory).resolve()
-    return next((mounts[str(p)] for p in (path, *path.parents) if str(p) in mounts), "unknown")
 
 
 def aims(report: dict) -> list[dict]:
@@ -530,10 +485,6 @@ def aims(report: dict) -> list[dict]:
     text = f"chain beside {many:,} others: at least {GROWTH_AIM} of beside {few:,}"
     found.append(aim(text, report["growth"]["ratio"], report["growth"]["ratio"] >= GROWTH_AIM))
     return found
-
-
-def aim(text: str, value: float, met: bool) -> dict:
-    return {"aim": text, "value": value, "met": met}
 
 
 # ── the report ────────────────────────────────────────────────────────────────────────────────
@@ -565,19 +516,9 @@ def table(report: dict) -> list[str]:
     return lines
 
 
-def cell(value, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def show(report: dict) -> None:
     where = report["environment"]
-    print(
-        f"\n{where['directory']} on {where['filesystem']}, one fdatasync "
-        f"{where['fdatasync_p50_ms']} ms (p99 {where['fdatasync_p99_ms']} ms); "
-        f"Python {where['python']}, SQLite {where['sqlite']}, {where['cpus']} processors"
-    )
-    if where["filesystem"] in MEMORY_FILESYSTEMS:
-        print("This is memory, not a disk: give --dir, or the numbers say nothing about commits.")
+    print(f"\n{machine_text(where)}")
     print(
         f"WAL, synchronous=FULL; every number: {where['numbers']}; ours and raw in turns.\n"
         "p50, p99: completions that free something, from the call until what they freed is "
@@ -586,14 +527,6 @@ def show(report: dict) -> None:
     print("\n".join(table(report)), end="\n\n")
     for wanted in report["aims"]:
         print(f"{'met    ' if wanted['met'] else 'NOT met'}  {wanted['aim']}: {wanted['value']:g}")
-
-
-def disk_directory() -> str:
-    """Where temporary files go, unless that is memory."""
-    for directory in (tempfile.gettempdir(), "/var/tmp", "."):
-        if os.access(directory, os.W_OK) and filesystem(directory) not in MEMORY_FILESYSTEMS:
-            return directory
-    return tempfile.gettempdir()
 
 
 def main() -> None:
@@ -605,7 +538,7 @@ def main() -> None:
     directory = tempfile.mkdtemp(prefix="cascade-", dir=options.dir or disk_directory())
     size = QUICK if options.quick else FULL
     try:
-        report = measure(directory, size, lambda name: print(f"… {name}", file=sys.stderr))
+        report = measure(directory, size)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     report["aims"] = aims(report)

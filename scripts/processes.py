@@ -44,6 +44,7 @@ class Processes:
     def __init__(self, logs: Path, env: dict):
         self.logs = logs
         self.env = env
+        self.hub: subprocess.Popen | None = None
         self._running: list[subprocess.Popen] = []
 
     def log(self, name: str) -> Path:
@@ -65,7 +66,7 @@ class Processes:
 
     def start_hub(self, *argv: str, **env: str) -> str:
         """Start the hub; its address once it answers there."""
-        hub = self.start("hub", "hub.py", *argv, **env)
+        hub = self.hub = self.start("hub", "hub.py", *argv, **env)
 
         def address():
             if hub.poll() is not None:

@@ -28,6 +28,7 @@
   let line = "";
   let shown = 0;
   let timer = null;
+  let reading = false;
   const first = offset;
   const said = new Set();
   let marks = []; // what is missing from the log, as far as it has not been said
@@ -130,7 +131,10 @@
   }
 
   async function step() {
+    clearTimeout(timer);
     timer = null;
+    if (reading) return schedule();
+    reading = true;
     const live = isLive(); // asked before reading: what came before the end is read once more
     try {
       while (logPart.open && (await readLog()));
@@ -140,6 +144,7 @@
       note.textContent = `The log could not be read (${error.message}); trying again.`;
       note.classList.add("bad-text");
     }
+    reading = false;
     if (live || note.classList.contains("bad-text")) schedule();
   }
 
@@ -148,9 +153,7 @@
   }
 
   for (const part of [logPart, screenPart]) {
-    part.addEventListener("toggle", () => {
-      if (part.open && timer === null) step();
-    });
+    part.addEventListener("toggle", () => part.open && step());
   }
   follow.addEventListener("change", () => {
     if (follow.checked) log.scrollTop = log.scrollHeight;

@@ -69,7 +69,7 @@ function drawOutput({ data, offset, repaint, skipped }) {
   }
   if (repaint) {
     term.write("", () => term.reset());
-    if (skipped || behind) showMark(skipped || dropped);
+    if (skipped || dropped) showMark(skipped || dropped);
     behind = false;
     dropped = 0;
   } else if (expected === null || offset > expected) {
@@ -111,6 +111,7 @@ const BAR = 96; // px of the page's own above the terminal, and some air
 const SETTLE = 200; // ms a window keeps its size before the session takes it
 let size = null; // the hub's last word: {cols, rows, owner, yours}
 let offering = true; // to fit the session to this window, if nobody else has
+let ours = null; // the size as we owned it when the connection broke
 let settling = null;
 
 const ownFont = () => (window.matchMedia("(max-width: 42rem)").matches ? 12 : 13);
@@ -161,7 +162,9 @@ function takeSize(frame) {
 function offerSize() {
   if (!offering || !size || !mayType() || !isReachable()) return;
   offering = false;
-  if (!size.owner) send({ type: "resize", ...fit() });
+  // of a connection that broke the hub may not know yet: then the owner it names is us
+  const isOurs = ours && ["owner", "cols", "rows"].every((name) => ours[name] === size[name]);
+  if (!size.owner || isOurs) send({ type: isOurs ? "take_size" : "resize", ...fit() });
 }
 
 function windowChanged() {
@@ -200,7 +203,9 @@ function typed(data, bytes) {
   if (FOCUS.test(data)) return;
   const refusal = whyNot();
   if (!refusal) type(bytes());
-  else if (!MOUSE.test(data)) say(refusal);
+  if (MOUSE.test(data)) return;
+  if (refusal) say(refusal);
+  box.scrollIntoView({ block: "nearest" });
 }
 
 function leave() {
@@ -219,9 +224,7 @@ function isForSession(event) {
   const isCopy = event.ctrlKey && !event.altKey && event.key.toLowerCase() === "c";
   if (!isCopy || !(term.hasSelection() || event.shiftKey)) return true;
   event.preventDefault();
-  if (event.type === "keydown" && term.hasSelection()) {
-    copySelection();
-  }
+  if (event.type === "keydown" && term.hasSelection()) copySelection();
   return false;
 }
 
@@ -274,7 +277,8 @@ function connect() {
 }
 
 function forget() {
-  offering = offering || Boolean(size?.yours);
+  if (size) ours = size.yours ? size : null;
+  offering ||= Boolean(ours);
   socket = null;
   size = null;
   endAsking();

@@ -6,7 +6,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from conftest import wait_until
+from conftest import PASSWORD, wait_until
 
 FAST = {"tick_s": 0.2, "due_s": 0.2, "heartbeat_s": 0.5, "offline_after_s": 2, "grace_s": 0.5}
 pytestmark = pytest.mark.hub(**FAST)
@@ -46,7 +46,7 @@ class Terminal:
 
         return wait_until(seen, timeout)
 
-    def until_stands(self, words: str) -> None:
+    def until_stands(self, words) -> None:
         expect(self.page.locator("#terminal-words")).to_have_text(words, timeout=20_000)
 
     def type(self, text: str) -> None:
@@ -184,9 +184,9 @@ def test_a_session_that_ends_says_how_and_keeps_its_last_screen(run, open_browse
 
 def test_a_viewer_watches_and_cannot_type(run, open_browser, shop):
     run()
-    body = {"username": "vera", "password": "a password of hers", "roles": {"shop": "viewer"}}
+    body = {"username": "vera", "password": PASSWORD, "roles": {"shop": "viewer"}}
     shop.api("POST", "users", body)
-    login = {"username": "vera", "password": "a password of hers"}
+    login = {"username": "vera", "password": PASSWORD}
     token = shop.api("POST", "auth/login", login)["token"]
     one, two = Terminal(open_browser()), Terminal(open_browser(token))
     two.until_stands("live, read only")
@@ -275,3 +275,121 @@ def test_it_fits_a_phone(run, open_browser, scheme):
     assert wide <= 390, json.dumps(wide)
     cols = int(one.size().partition("×")[0])
     assert cols >= 40
+
+
+# ── the network between ───────────────────────────────────────────────────────────────────────
+
+
+class Line:
+    """What goes between a page and the hub: seen, and spoilt as a test likes."""
+
+    def __init__(self, page):
+        self.sent, self.heard, self.routes = [], [], []
+        self.spoil = lambda frame: [frame]
+        page.route_web_socket(re.compile("/ws/terminal/"), self._open)
+
+    def _open(self, route):
+        self.routes.append(route)
+        server = route.connect_to_server()
+        route.on_message(lambda text: self._up(server, text))
+        server.on_message(lambda text: self._down(route, text))
+
+    def _up(self, server, text):
+        self.sent.append(json.loads(text))
+        server.send(text)
+
+    def _down(self, route, text):
+        frame = json.loads(text)
+        self.heard.append(frame)
+        for kept in self.spoil(frame):
+            route.send(json.dumps(kept))
+
+    def repaints(self) -> int:
+        return sum(bool(frame.get("repaint")) for frame in self.heard)
+
+    def resumed(self) -> list:
+        return [frame["offset"] for frame in self.sent if frame["type"] == "resume"]
+
+
+COUNT = "i=0; while [ $i -lt 300 ]; do i=$((i+1)); echo line $i; sleep 0.01; done; echo end"
+
+
+def numbers_in(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"line (\d+)\n", text)]
+
+
+def test_a_cut_connection_goes_on_where_it_was(run, open_browser):
+    run()
+    page = open_browser()
+    line, one = Line(page), Terminal(page)
+    one.until_shows(r"[$#] ")
+    one.enter(COUNT)
+    for shown in (r"line \d{2}\n", r"line 1\d{2}\n"):
+        one.until_shows(shown)
+        line.routes[-1].close(code=1012)
+        one.until_stands("live")
+    numbers = numbers_in(one.until_shows(r"line 300\nend\n", 30))
+    assert numbers == list(range(numbers[0], 301))
+    assert line.resumed()[0] is None and None not in line.resumed()[1:]
+    assert len(line.routes) == 3 and line.repaints() == 1
+    wait_until(lambda: "your size" in one.size())
+
+
+def test_pieces_that_come_twice_or_never_leave_no_trace(run, open_browser):
+    run()
+    page = open_browser()
+    line, one = Line(page), Terminal(page)
+    one.until_shows(r"[$#] ")
+    line.spoil = lambda frame: [frame] * (2 if frame["type"] == "output" else 1)
+    one.enter("echo twi''ce")
+    one.until_shows(r"\ntwice\n.*[$#] ")
+    assert one.text().count("twice") == 1
+    line.spoil = lambda frame: [] if frame["type"] == "output" else [frame]
+    heard = len(line.heard)
+    one.enter("echo un''seen")
+    wait_until(lambda: len(line.heard) > heard and page.title())
+    line.spoil = lambda frame: [{**frame, "skipped": 1_230_000} if "repaint" in frame else frame]
+    one.enter("echo se''en")
+    shown = one.until_shows(r"\nunseen\n(.*\n)+seen\n")
+    assert shown.count("twice") == 1
+    expect(page.locator("#terminal-mark")).to_have_text("skipped 1.2 MB to keep up")
+    assert line.resumed() == [None, None]  # a piece was missing, so it began anew
+
+
+def test_a_flood_leaves_the_page_usable_and_the_last_of_it_on_screen(run, open_browser):
+    run()
+    one = Terminal(open_browser())
+    one.until_shows(r"[$#] ")
+    one.enter("seq -f 'number %010.0f of a flood' 500000; echo en''d")
+    one.until_shows(r"number 0000500000 of a flood\nend\n", 60)
+    one.enter("echo after-$((1 + 1))")
+    one.until_shows(r"\nafter-2\n")
+
+
+def test_who_is_signed_out_meanwhile_is_led_to_the_login(run, open_browser, shop, problems):
+    run()
+    body = {"username": "olga", "password": PASSWORD, "roles": {"shop": "operator"}}
+    olga = shop.api("POST", "users", body)
+    login = {"username": "olga", "password": PASSWORD}
+    token = shop.api("POST", "auth/login", login)["token"]
+    one = Terminal(open_browser(token))
+    one.until_stands("live")
+    shop.api("DELETE", f"users/{olga['id']}")
+    expect(one.page).to_have_url(re.compile("/login"))
+    problems.clear()  # that it was refused the browser said in its own way
+
+
+def test_what_is_selected_is_copied_and_otherwise_the_key_is_the_programs(run, open_browser):
+    run("sh", "-c", "echo wordtocopy; exec cat -v")
+    page = open_browser()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    one = Terminal(page)
+    one.until_shows("wordtocopy")
+    page.locator(".xterm-screen").dblclick(position={"x": 20, "y": 8})
+    page.keyboard.press("Control+c")
+    copied = "navigator.clipboard.readText()"
+    wait_until(lambda: page.evaluate(copied) == "wordtocopy")
+    page.keyboard.press("Control+Shift+V")
+    one.until_shows("wordtocopy\nwordtocopy")
+    page.keyboard.press("Control+c")
+    one.until_stands(re.compile("^ended"))

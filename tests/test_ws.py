@@ -706,7 +706,7 @@ def test_the_websockets_library_with_compression_offered(peer):
 def test_chromium(peer):
     from playwright.sync_api import sync_playwright
 
-    from test_pages_browser import CHROMIUM, FLAGS
+    from conftest import CHROMIUM, FLAGS
 
     script = """port => new Promise((resolve, reject) => {
         const socket = new WebSocket(`ws://127.0.0.1:${port}/echo`, ["chat"].slice(1));
