@@ -43,6 +43,7 @@ format: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(PY) benchmarks/cascade.py
+	$(PY) benchmarks/sockets.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

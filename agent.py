@@ -110,6 +110,7 @@ UNTYPED_BYTES = 8 * KB * KB  # typed and not yet read by the program
 SETTLE_S = 5  # longest wait for what was typed to be taken by the terminal
 SCROLLBACK_BYTES = 8 * KB * KB
 LANE_IDLE_S = 30
+STOP_S = 30  # that an agent told to stop may take
 NO_SCREEN = (0, None, -math.inf)  # size of the log, lines, time
 
 log = logging.getLogger("agent")
@@ -3632,19 +3633,59 @@ def log_to(state_dir, verbose=False, terminal=True):
 def hold(state_dir):
     """Lock the state directory for this process. Raises AgentError if another holds it."""
     with open(state_dir / "agent.lock", "a", opener=open_private) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if is_held(lock):
             raise AgentError(
                 f"An agent already runs with the state directory {state_dir}: stop that one "
-                "first, or give this one its own --config and --state."
-            ) from error
+                "first (--stop), or give this one its own --config and --state."
+            )
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
         yield
+
+
+def stop_running(args):
+    """End the agent that runs with the state directory, and wait for it."""
+    state_dir = state_dir_of(args, load_config(config_path_of(args)))
+    path, deadline = state_dir / "agent.lock", time.monotonic() + STOP_S
+    asked = False
+    while path.exists():
+        with open(path) as lock:
+            if not is_held(lock):
+                break
+            pid = lock.read().strip()
+        if not asked:
+            end_process(pid, state_dir)
+            asked = True
+        if time.monotonic() > deadline:
+            raise AgentError(f"The agent (process {pid}) does not end: look into its log.")
+        time.sleep(0.05)
+    print("The agent has stopped; sessions in tmux go on." if asked else "No agent is running.")
+    return 0
+
+
+def is_held(lock):
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
+def end_process(pid, state_dir):
+    if not pid.isdecimal():
+        raise AgentError(f"An agent runs with {state_dir}, but not which process it is: end it.")
+    try:
+        os.kill(int(pid), signal.SIGTERM)
+    except ProcessLookupError:
+        pass  # it has just ended by itself
+    except OSError as error:
+        raise AgentError(f"The agent (process {pid}) cannot be ended: {error.strerror}.") from error
 
 
 def register(args):
     """Trade the token for a key and write the config file."""
-    config_path = Path(args.config or default_config_path()).expanduser().absolute()
+    config_path = config_path_of(args)
     config = load_config(config_path)
     log_to(make_private_dir(state_dir_of(args, config)), terminal=False)
     try:
@@ -3696,6 +3737,10 @@ def registration(config, token):
     }
 
 
+def config_path_of(args):
+    return Path(args.config or default_config_path()).expanduser().absolute()
+
+
 def state_dir_of(args, config):
     chosen = args.state or config.get("state_dir")
     return Path(chosen).expanduser().absolute() if chosen else default_state_dir()
@@ -3703,7 +3748,7 @@ def state_dir_of(args, config):
 
 def run(args):
     """Be the agent until a signal ends it."""
-    config_path = Path(args.config or default_config_path()).expanduser()
+    config_path = config_path_of(args)
     config = load_config(config_path)
     if not config.get("api_key"):
         raise AgentError(
@@ -3713,7 +3758,7 @@ def run(args):
     declared(config)  # said now, not at every connection
     state_dir = make_private_dir(state_dir_of(args, config))
     with hold(state_dir):
-        log_to(state_dir, args.verbose)
+        log_to(state_dir, args.verbose, terminal=not args.quiet)
         serve(config, state_dir)
     return 0
 
@@ -3758,6 +3803,8 @@ def parse_arguments(argv):
     add("--framework", action="append", help="with --register; may be given again")
     add("--capability", action="append", help="with --register; may be given again")
     add("--slots", type=int, help="with --register: tasks at once (default: processors + 2)")
+    add("--stop", action="store_true", help="end the agent that is running; its sessions go on")
+    add("--quiet", action="store_true", help="log to the state directory only")
     add("-v", "--verbose", action="store_true", help="log more")
     add("--exec-session", metavar="FILE", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -3768,6 +3815,8 @@ def main(argv=None):
     if args.exec_session:
         return exec_session(args.exec_session)
     try:
+        if args.stop:
+            return stop_running(args)
         return register(args) if args.register is not None else run(args)
     except AgentError as error:
         print(f"agent.py: {error}", file=sys.stderr)

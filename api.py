@@ -511,7 +511,8 @@ def create_token(json_data: TokenIn):
         caller(), project["id"], web.hub_url(), json_data.ttl_s, json_data.note
     )
     shown = {"project_id": project["id"], "project_name": project["name"]}
-    return made | shown | {"commands": auth.install_commands(made["token"])}, 201
+    commands = auth.install_commands(made["token"], web.hub_url())
+    return made | shown | {"commands": commands}, 201
 
 
 @bp.post("/servers/register")

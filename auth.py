@@ -558,9 +558,10 @@ def registration_token(
     return {"id": row.id, "token": token, "expires_at": iso(row.expires_at)}
 
 
-def install_commands(token: str) -> dict[str, str]:
-    """What to type on the new server, ready to copy."""
-    return {
+def install_commands(token: str, hub_url: str | None = None) -> dict[str, str]:
+    """What to type on the new server, ready to copy; `script` does all of it in one."""
+    script = {"script": f"curl -fsSL {hub_url}/install.sh | sh -s -- {token}"} if hub_url else {}
+    return script | {
         "register": f"python agent.py --register {token} --name NAME --repo REPO=PATH",
         "run": "python agent.py",
     }

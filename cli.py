@@ -28,6 +28,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import webbrowser
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -37,6 +38,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qs, quote, urlsplit
 
 import click
+import click.shell_completion as shell_completion
 import requests
 import yaml
 from rich.cells import set_cell_size
@@ -56,11 +58,14 @@ except ImportError:  # Windows
     termios = None
 
 VERSION = "1.0.0"
+PROGRAM = "orchestratia"
 CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 30
 BEAT_TIMEOUT_S = 45  # three of the hub's beats of 15 s
 GIVE_UP_S = 120  # how long a watcher looks for a hub that has gone
 GET_ATTEMPTS = 3
+COMPLETION_PATIENCE_S = (1, 2)  # to connect and to answer, while somebody waits for the Tab key
+COMPLETION_TASKS = 200
 PAGE = 1000  # the longest list the hub gives at once
 FOLLOW_INTERVAL_S = 1
 RETRY_PAUSE_S = 0.2
@@ -76,6 +81,8 @@ ACTIVE = ("running", "needs_human", "plan_review", "planning", "assigned")
 SESSION_OVER = {"closed", "failed", "lost"}
 PRIORITIES = click.Choice(["low", "normal", "high", "critical"])
 TYPES = click.Choice(["feature", "bugfix", "refactor", "chore", "docs"])
+ROLES = ("viewer", "operator", "admin")
+PIPELINE = "orchestratia/pipeline/v1"
 DEPENDENCY_TYPES = ("blocks", "input", "related")
 
 # What `wait --for` takes beside a status, and the statuses that fulfil it.
@@ -118,6 +125,10 @@ MARKS = {
     "closed": ("○", "dim"),
     "expected": ("○", "yellow"),
     "fulfilled": ("✓", "green"),
+    "responded": ("✓", "green"),
+    "approved": ("✓", "green"),
+    "revised": ("◐", "yellow"),
+    "replaced": ("○", "dim"),
 }
 
 
@@ -249,7 +260,7 @@ class Duration(click.ParamType):
 DURATION_TYPE = Duration()
 
 
-def task_ref(text):
+def task_ref(text, what="task"):
     """An id or unique prefix as the hub takes it: no `#`, lower case, dashes where they belong."""
     ref = text.strip().lstrip("#").strip()
     if re.fullmatch(r"[0-9a-fA-F-]+", ref):
@@ -257,9 +268,9 @@ def task_ref(text):
     if re.fullmatch(r"[0-9a-f]{32}", ref):
         ref = "-".join((ref[:8], ref[8:12], ref[12:16], ref[16:20], ref[20:]))
     if not re.fullmatch(r"[0-9A-Za-z_-]+", ref):
-        raise usage(f"{text!r} is not a task id; give the id or its first 4 characters or more.")
+        raise usage(f"{text!r} is not a {what} id; give the id or its first 4 characters or more.")
     if len(ref) < 4:
-        raise usage(f"The task id {text!r} is too short; give at least its first 4 characters.")
+        raise usage(f"The {what} id {text!r} is too short; give at least its first 4 characters.")
     return ref
 
 
@@ -279,6 +290,17 @@ def check_dependency(kind, key):
         raise usage("An input dependency needs the key of the contract it takes: ID:input:KEY.")
     if kind != "input" and key:
         raise usage(f"A {kind} dependency takes no contract key; only input does.")
+
+
+def pairs_of(texts, option):
+    """{name: value} of `NAME=VALUE` words."""
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name.strip() and equals):
+            raise usage(f"{text!r} is not NAME=VALUE as {option} wants it.")
+        pairs[name.strip()] = value.strip()
+    return pairs
 
 
 def no_constant(name):
@@ -337,6 +359,42 @@ class Loader(yaml.SafeLoader):
                 )
             seen.add(key.value if isinstance(key.value, str) else id(key))
         return super().construct_mapping(node, deep)
+
+
+class Dumper(yaml.SafeDumper):
+    """YAML for people: texts of several lines as such, short lists in one line, no anchors."""
+
+    def ignore_aliases(self, data):
+        return True
+
+    def increase_indent(self, flow=False, indentless=False):
+        return super().increase_indent(flow, indentless=False)
+
+
+def text_node(dumper, text):
+    style = "|" if "\n" in text and not re.search(r"[ \t]\n|^[ \n]|\x1b", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+def list_node(dumper, items):
+    plain = all(isinstance(item, (str, int, float)) for item in items)
+    short = plain and sum(len(str(item)) for item in items) <= 60
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=short or None)
+
+
+Dumper.add_representer(str, text_node)
+Dumper.add_representer(list, list_node)
+
+
+def yaml_text(value):
+    return yaml.dump(
+        value,
+        Dumper=Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=False,
+        width=90,
+    )
 
 
 def parse_document(text, name):
@@ -529,6 +587,7 @@ class Hub:
         self.http.trust_env = not is_loopback(urlsplit(url).hostname)
         insecure = os.environ.get("ORCHESTRATIA_INSECURE_TLS", "").lower()
         self.http.verify = insecure not in ("1", "true", "yes", "on")
+        self.patience, self.attempts = (CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S), GET_ATTEMPTS
         if not self.http.verify:
             requests.packages.urllib3.disable_warnings()
 
@@ -615,7 +674,7 @@ class Hub:
             raise usage("Numbers beyond JSON (NaN, Infinity) cannot be sent.") from None
         if data is not None:
             headers = {**(headers or {}), "Content-Type": "application/json"}
-        options.setdefault("timeout", (CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S))
+        options.setdefault("timeout", self.patience)
         answer = self._try(
             method,
             f"{self.url}/api/v1/{path}",
@@ -629,14 +688,14 @@ class Hub:
 
     def _try(self, method, url, **options):
         """One request; a GET is tried again when the connection fails, nothing else ever is."""
-        for attempt in range(1, GET_ATTEMPTS + 1):
+        for attempt in range(1, self.attempts + 1):
             try:
                 return self.http.request(method, url, **options)
             except (
                 requests.exceptions.ConnectionError,
                 requests.exceptions.ChunkedEncodingError,
             ) as error:
-                if method == "GET" and attempt < GET_ATTEMPTS:
+                if method == "GET" and attempt < self.attempts:
                     time.sleep(RETRY_PAUSE_S * attempt)
                     continue
                 raise self._unreachable(error, method) from None
@@ -1031,9 +1090,51 @@ BLOCKER_COLUMNS = (
     Column("title", line_of("title"), cut=True),
     Column("type", lambda row: edge_name(row), cut=True),
 )
+INTERVENTION_COLUMNS = (
+    Column("status", field("status", Mark)),
+    Column("id", field("id", Id)),
+    Column("type", line_of("intervention_type"), spare=2),
+    Column("question", line_of("question"), cut=True),
+    Column("answer", line_of("response"), cut=True),
+    Column("task", line_of("task_title"), cut=True, spare=4),
+    Column("asked by", line_of("asked_by"), cut=True, spare=1),
+    Column("asked", age_of("created_at"), spare=3),
+)
+PLAN_COLUMNS = (
+    Column("version", field("version"), justify="right"),
+    Column("status", field("status", Mark)),
+    Column("plan", lambda row: summary_of(row.get("plan")), flex=True),
+    Column("feedback", line_of("feedback"), flex=True),
+    Column("decided by", line_of("decided_by"), cut=True, spare=1),
+    Column("submitted", age_of("submitted_at"), spare=2),
+)
+NOTE_COLUMNS = (
+    Column("time", lambda row: clock(row.get("created_at"))),
+    Column("by", line_of("author"), cut=True),
+    Column("note", lambda row: note_text(row), flex=True),
+)
+USER_COLUMNS = (
+    Column("name", line_of("username"), cut=True),
+    Column("id", field("id", Id)),
+    Column("rights", lambda row: rights_of(row), flex=True),
+    Column("sign-in", lambda row: "disabled" if row.get("disabled") else ""),
+    Column("created", age_of("created_at"), spare=1),
+)
 REPO_COLUMNS = tuple(
     Column(key, line_of(key), flex=key == "path") for key in ("name", "path", "branch")
 )
+
+
+def note_text(note):
+    return ("urgent: " if note.get("urgent") else "") + clean(note.get("content") or "")
+
+
+def rights_of(user):
+    """A user's roles in words: `admin of the hub`, or each project's role."""
+    if user.get("is_admin"):
+        return "admin of the hub"
+    roles = user.get("projects") or ()
+    return ", ".join(f"{one_line(p.get('role'))} of {one_line(p.get('name'))}" for p in roles)
 
 
 def known(value):
@@ -1062,10 +1163,15 @@ def listing(key, columns, empty):
 
     def render(screen, data):
         table = screen.table(data.get(key) or [], columns, empty)
-        if not data.get("next_cursor"):
-            return table
-        option = "--after" if key == "events" else "--cursor"
-        return Stack(table, Text(f"more: {option} {one_line(data['next_cursor'])}", "dim"))
+        found = [
+            f"{word}: {option} {one_line(data[name])}"
+            for word, option, name in (
+                ("older", "--before", "prev_cursor"),
+                ("more", "--after" if key == "events" else "--cursor", "next_cursor"),
+            )
+            if data.get(name)
+        ]
+        return Stack(table, Text(found[0], "dim")) if found else table
 
     return render
 
@@ -1077,6 +1183,16 @@ show_projects = listing("projects", PROJECT_COLUMNS, "No projects.")
 show_pipelines = listing("pipelines", PIPELINE_COLUMNS, "No pipelines.")
 show_events = listing("events", EVENT_COLUMNS, "No events.")
 show_contracts = listing("contracts", CONTRACT_COLUMNS, "This task has no contracts.")
+show_users = listing("users", USER_COLUMNS, "No users.")
+show_plans = listing("plans", PLAN_COLUMNS, "No plan has been submitted for this task.")
+
+
+def show_interventions(screen, found):
+    return screen.table(found or [], INTERVENTION_COLUMNS, "No questions.")
+
+
+def show_notes(screen, found):
+    return screen.table(found or [], NOTE_COLUMNS, "No notes.")
 
 
 def task_line(screen, task, label=None):
@@ -1091,7 +1207,7 @@ def task_line(screen, task, label=None):
     return line
 
 
-def task_brief(screen, task):
+def task_brief(screen, task, more=()):
     repo = " @ ".join(filter(None, (task.get("target_repo"), task.get("target_branch"))))
     facts = (
         ("id", one_line(task.get("id"))),
@@ -1102,7 +1218,7 @@ def task_brief(screen, task):
         ("server", one_line(task.get("assigned_server_name") or "")),
         ("session", one_line(task.get("target_session_name") or "")),
     )
-    return Stack(Text(one_line(task.get("title") or ""), "bold"), screen.facts(facts))
+    return Stack(Text(one_line(task.get("title") or ""), "bold"), screen.facts((*facts, *more)))
 
 
 def task_times(task):
@@ -1158,7 +1274,7 @@ def dependency_table(screen, task):
     return screen.table(rows, BLOCKER_COLUMNS, "none")
 
 
-def task_detail(screen, task):
+def task_detail(screen, task, asked=()):
     structured, result = task.get("structured_spec"), task.get("result")
     spec, inputs = task.get("spec") or "", task.get("resolved_inputs")
     contracts = [
@@ -1166,10 +1282,11 @@ def task_detail(screen, task):
         for key, one in (task.get("contracts") or {}).items()
     ]
     notes = [
-        f"{clock(one.get('created_at'))} {one_line(one.get('author'))}: {clean(one.get('content'))}"
+        f"{clock(one.get('created_at'))} {one_line(one.get('author'))}: {note_text(one)}"
         for one in task.get("recent_notes") or ()
     ]
     sections = (
+        ("Waits for an answer", asked and show_interventions(screen, asked)),
         ("Spec", spec and spec != task.get("title") and Text(clean(spec))),
         ("Acceptance criteria", numbered(task.get("acceptance_criteria") or ())),
         ("Requirements", numbered(requirement_lines(structured))),
@@ -1182,8 +1299,7 @@ def task_detail(screen, task):
         ("Result", result is not None and result_text(task, result)),
     )
     return Stack(
-        task_brief(screen, task),
-        screen.facts(task_times(task)),
+        task_brief(screen, task, task_times(task)),
         *(screen.section(heading, body) for heading, body in sections if body),
     )
 
@@ -1263,6 +1379,79 @@ def session_detail(screen, session):
     return Stack(Text(one_line(session.get("name") or "unnamed"), "bold"), screen.facts(facts))
 
 
+def intervention_detail(screen, asked):
+    task = " ".join(filter(None, (asked.get("task_title"), asked.get("task_id"))))
+    ended = " by ".join(
+        filter(None, (ago(asked.get("responded_at")), one_line(asked.get("responded_by") or "")))
+    )
+    facts = (
+        ("id", one_line(asked.get("id"))),
+        ("status", Mark(asked.get("status") or "?")),
+        ("type", one_line(asked.get("intervention_type") or "")),
+        ("task", one_line(task)),
+        ("asked by", one_line(asked.get("asked_by") or "")),
+        ("asked", age_of("created_at")(asked)),
+        ("answered", ended),
+        ("closed", one_line(asked.get("closed_why") or "")),
+    )
+    parts = [
+        screen.section(heading, Text(clean(asked[name])))
+        for heading, name in (("Context", "context"), ("Answer", "response"))
+        if asked.get(name)
+    ]
+    return Stack(Text(clean(asked.get("question") or ""), "bold"), screen.facts(facts), *parts)
+
+
+def plan_view(screen, data):
+    """The newest version whole, the earlier ones in a table."""
+    plans = data.get("plans") or []
+    if not plans:
+        return show_plans(screen, data)
+    last = plans[-1]
+    head = Text(f"Version {last.get('version')}: {one_line(last.get('status'))}", "bold")
+    facts = (
+        ("by", one_line(last.get("author") or "")),
+        ("submitted", age_of("submitted_at")(last)),
+        ("decided by", one_line(last.get("decided_by") or "")),
+        ("feedback", clean(last.get("feedback") or "")),
+    )
+    parts = [head, screen.facts(facts), screen.section("Plan", Text(plan_text(last.get("plan"))))]
+    if plans[:-1]:
+        earlier = screen.table(plans[:-1], PLAN_COLUMNS, "")
+        parts.append(screen.section("Earlier versions", earlier))
+    return Stack(*parts)
+
+
+def plan_text(plan):
+    """A plan for reading: its text or summary, and what else it has as YAML."""
+    if isinstance(plan, str):
+        return clean(plan)
+    if isinstance(plan, dict) and set(plan) == {"summary"} and isinstance(plan["summary"], str):
+        return clean(plan["summary"])
+    return clean(yaml_text(plan)).rstrip()
+
+
+def user_detail(screen, user):
+    facts = (
+        ("id", one_line(user.get("id"))),
+        ("rights", rights_of(user) or "none"),
+        ("sign-in", "disabled" if user.get("disabled") else ""),
+        ("created", age_of("created_at")(user)),
+    )
+    return Stack(Text(one_line(user.get("username") or ""), "bold"), screen.facts(facts))
+
+
+def project_detail(screen, project):
+    facts = (
+        ("id", one_line(project.get("id"))),
+        ("your role", one_line(project.get("role") or "")),
+        ("profile", one_line(project.get("profile") or "")),
+        ("settings", compact(project.get("settings") or "")),
+        ("created", age_of("created_at")(project)),
+    )
+    return Stack(Text(one_line(project.get("name") or ""), "bold"), screen.facts(facts))
+
+
 def identity_view(screen, me):
     hub, projects = me.get("hub") or {}, me.get("projects") or []
     facts = (
@@ -1274,6 +1463,7 @@ def identity_view(screen, me):
             "projects",
             ", ".join(f"{one_line(p.get('name'))} ({p.get('role') or '-'})" for p in projects),
         ),
+        ("server", one_line(me.get("server_name") or "")),
         ("session id", one_line(me.get("session_id") or "")),
         ("task id", one_line(me.get("task_id") or "")),
     )
@@ -1281,10 +1471,14 @@ def identity_view(screen, me):
 
 
 def status_view(screen, data):
-    tasks = data.get("tasks") or []
+    tasks, waiting = data.get("tasks") or [], data.get("waiting") or []
     head = Text("● connected", "green") if screen.fancy else Text("connected")
     table = screen.table(tasks, TASK_COLUMNS, "No work in progress.")
-    return Stack(head, identity_view(screen, data), screen.section("In progress", table))
+    parts = [head, identity_view(screen, data)]
+    if waiting:
+        body = screen.table(waiting, INTERVENTION_COLUMNS, "")
+        parts.append(screen.section("Waiting for an answer", body))
+    return Stack(*parts, screen.section("In progress", table))
 
 
 def task_tree(screen, tasks, labels, chosen=None):
@@ -1415,6 +1609,17 @@ class App:
         if not name or UUID.fullmatch(name.lower()):
             return name and name.lower()
         return self.hub.get(f"projects/{self.segment('projects', name)}")["id"]
+
+    @property
+    def session_id(self):
+        """The session on whose behalf tasks are ordered, if any."""
+        saved = self.credentials.config.get("session")
+        return os.environ.get("ORCHESTRATIA_SESSION_ID") or (saved and str(saved)) or None
+
+    def confirm(self, question, yes):
+        """Asks a person before something is destroyed; programs are taken at their word."""
+        if not (yes or self.as_json) and sys.stdin.isatty():
+            click.confirm(question, abort=True, err=True)
 
     def segment(self, kind, name):
         """A name or id as one segment of a path."""
@@ -1620,6 +1825,35 @@ def candidate_line(candidate):
     return "  ".join(one_line(value) for value in candidate.values() if value is not None)
 
 
+def completing(kind, shown="name"):
+    """What completes a name, or with `shown` an id, of the hub's `kind` of things."""
+
+    def complete(ctx, param, incomplete):
+        try:
+            found = listed(ctx.find_object(App) or App(), kind)
+        except Exception:  # nothing may be printed into the line somebody is typing
+            return []
+        key = "id" if shown == "id" else "name"
+        return [
+            shell_completion.CompletionItem(one[key], help=one_line(one.get("title") or ""))
+            for one in found
+            if str(one.get(key) or "").startswith(incomplete)
+        ]
+
+    return complete
+
+
+def listed(app, kind):
+    app.hub.patience, app.hub.attempts = COMPLETION_PATIENCE_S, 1
+    query = {"limit": COMPLETION_TASKS} if kind == "tasks" else {}
+    return app.hub.get(kind, project_id=app.project_id, **query).get(kind) or []
+
+
+def named(kind, argument="name", **more):
+    """The argument that names one of the hub's `kind` of things."""
+    return click.argument(argument, shell_complete=completing(kind), **more)
+
+
 def chosen_id(positional, option, default, needed=True):
     """The task a command is about: `ID`, `--id ID`, else in a session its own task."""
     if positional and option and task_ref(positional) != task_ref(option):
@@ -1630,17 +1864,17 @@ def chosen_id(positional, option, default, needed=True):
     return task_ref(text) if text else None
 
 
-def id_option(function):
-    return click.option("--id", "id_option", metavar="ID", help="The task, instead of ID.")(
-        function
-    )
+task_ids = completing("tasks", "id")
+id_option = click.option(
+    "--id", "id_option", metavar="ID", help="The task, instead of ID.", shell_complete=task_ids
+)
 
 
 def task_argument(default=False, needed=True):
     """`ID` or `--id ID` as `task_id`; with `default`, a session's own task if neither is given."""
 
     def decorate(function):
-        @click.argument("positional", metavar="[ID]", required=False)
+        @click.argument("positional", metavar="[ID]", required=False, shell_complete=task_ids)
         @id_option
         @functools.wraps(function)
         def command(*args, positional, id_option, **options):
@@ -1764,37 +1998,33 @@ def whoami(app):
     )
 
 
-def tasks_in(app, statuses):
-    """The tasks in any of `statuses`."""
-    return [
-        task
-        for status in statuses
-        for task in app.hub.get("tasks", status=status, project_id=app.project_id).get("tasks")
-        or ()
-    ]
-
-
 def own_tasks(app, me):
-    """The work in progress of whoever holds the key."""
-    if me.get("kind") == "server":
-        return app.hub.get("servers/tasks/poll").get("tasks") or []
-    if me.get("kind") == "session":
-        return [app.hub.get(f"tasks/{me['task_id']}")] if me.get("task_id") else []
-    return tasks_in(app, ACTIVE)
+    """The work in progress of whoever holds the key; for orchestrators and people, all of it."""
+    if me.get("kind") in ("server", "session") and me.get("role") != "orchestrator":
+        session = os.environ.get("ORCHESTRATIA_SESSION_ID") if me["kind"] == "server" else None
+        return app.hub.get("tasks/check", session_id=session).get("tasks") or []
+    found = app.hub.get("tasks", status=",".join(ACTIVE), project_id=app.project_id, limit=PAGE)
+    return found.get("tasks") or []
 
 
 @cli.command(example="orchestratia status --json")
 @pass_app
 def status(app):
-    """Am I connected, who am I, what is being worked on."""
+    """Am I connected, who am I, what is going on.
+
+    What is being worked on, and the questions that wait for an answer.
+    """
     me = app.hub.get("auth/me")
+    if me.get("kind") in ("server", "session"):
+        names = ("server_name", "server_status", "session_name", "project_name")
+        standing = app.hub.get("status")
+        me |= {name: standing.get(name) for name in names}
     tasks = own_tasks(app, me)
     counts = {name: sum(task.get("status") == name for task in tasks) for name in ACTIVE}
-    summary = {**counts, "total": len(tasks)}
-    app.show(
-        {"connected": True, "hub_url": app.hub.url, **me, "tasks": tasks, "task_summary": summary},
-        status_view,
-    )
+    waiting = app.hub.get("interventions", status="pending", project_id=app.project_id)
+    found = {"connected": True, "hub_url": app.hub.url, **me, "tasks": tasks}
+    found |= {"task_summary": {**counts, "total": len(tasks)}, "waiting": waiting}
+    app.show(found, status_view)
 
 
 # --- projects, servers ------------------------------------------------------------------------
@@ -1822,6 +2052,46 @@ def project_create(app, name, profile):
     app.did(f"Created project {made.get('name')}  {made.get('id')}", made)
 
 
+@project.command("show", example="orchestratia project show shop")
+@named("projects")
+@pass_app
+def project_show(app, name):
+    """Show one project by name or id."""
+    app.show(app.hub.get(f"projects/{app.segment('projects', name)}"), project_detail)
+
+
+@project.command("update", example='orchestratia project update shop --name "Web shop"')
+@named("projects")
+@click.option("--name", "new_name", help="What it is to be called.")
+@click.option("--profile", help="The coding agent its tasks use by default.")
+@pass_app
+def project_update(app, name, new_name, profile):
+    """Rename a project, or change its default profile."""
+    body = given(name=not_empty(new_name, "--name"), profile=not_empty(profile, "--profile"))
+    if not body:
+        raise usage("Nothing to change: give at least one option.")
+    made = app.hub.patch(f"projects/{app.segment('projects', name)}", body)
+    app.did(f"Project {made.get('name')} changed", made, project_detail)
+
+
+@project.command("use", example="orchestratia project use shop")
+@named("projects", required=False)
+@click.option("--none", "forget", is_flag=True, help="Forget it again.")
+@pass_app
+def project_use(app, name, forget):
+    """Choose the project that commands are about when they do not say.
+
+    It is kept in cli.yaml; --project and ORCHESTRATIA_PROJECT_ID come before it.
+    """
+    if bool(name) == forget:
+        raise usage("Give a project's NAME, or --none.")
+    found = app.hub.get(f"projects/{app.segment('projects', name)}") if name else {}
+    rest = {key: value for key, value in app.credentials.config.items() if key != "project"}
+    save_config(rest | given(project=found.get("id")))
+    chosen = f"Using project {found.get('name')}" if name else "No project is chosen"
+    app.did(chosen, {"project": found.get("id"), "project_name": found.get("name")})
+
+
 @cli.group()
 def server():
     """Servers: machines that run sessions."""
@@ -1835,11 +2105,11 @@ def server_list(app):
 
 
 @server.command("show", example="orchestratia server show dev-backend")
-@click.argument("name")
+@named("servers")
 @pass_app
 def server_show(app, name):
     """Show one server by name or id."""
-    app.show(app.hub.get(f"servers/{app.segment('servers', name)}"), server_detail)
+    app.show(app.hub.get(server_path(app, name)), server_detail)
 
 
 @server.command("token", example="orchestratia server token --project shop --ttl 1h")
@@ -1857,6 +2127,91 @@ def server_token(app, ttl, note):
         print_token(app.screen, answer)
 
 
+def server_path(app, name, *rest):
+    return "/".join(("servers", app.segment("servers", name), *rest))
+
+
+@server.command("drain", example="orchestratia server drain dev-backend")
+@named("servers")
+@pass_app
+def server_drain(app, name):
+    """Give a server no new work; what runs there goes on."""
+    made = app.hub.post(server_path(app, name, "drain"))
+    app.did(f"{made.get('name')} gets no new work", made)
+
+
+@server.command("resume", example="orchestratia server resume dev-backend")
+@named("servers")
+@pass_app
+def server_resume(app, name):
+    """Give a drained server work again."""
+    made = app.hub.post(server_path(app, name, "resume"))
+    app.did(f"{made.get('name')} takes work again", made)
+
+
+@server.command("revoke", example="orchestratia server revoke dev-backend --yes")
+@named("servers")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@pass_app
+def server_revoke(app, name, yes):
+    """Take a server's key away for good; its work is routed anew.
+
+    On a terminal it asks first.
+    """
+    app.confirm(f"Revoke {name}? It can only come back with a new token.", yes)
+    made = app.hub.post(server_path(app, name, "revoke"))
+    app.did(f"{made.get('name')} is revoked", made)
+
+
+@server.command("rename", example="orchestratia server rename dev-backend dev-rust")
+@named("servers")
+@click.argument("new_name")
+@pass_app
+def server_rename(app, name, new_name):
+    """Give a server another name."""
+    made = app.hub.patch(server_path(app, name), {"name": not_empty(new_name, "NEW_NAME")})
+    app.did(f"{name} is called {made.get('name')} now", made)
+
+
+@server.command(
+    "declare",
+    several=("--language", "--framework", "--capability", "--repo"),
+    example="orchestratia server declare dev-backend --language rust python --slots 8",
+)
+@named("servers")
+@click.option("--repo", multiple=True, metavar="NAME=PATH…", help="A repo it has, and where.")
+@click.option("--language", multiple=True, metavar="WORD…")
+@click.option("--framework", multiple=True, metavar="WORD…")
+@click.option("--capability", multiple=True, metavar="WORD…")
+@click.option("--slots", type=click.IntRange(min=1), help="How many tasks it takes at once.")
+@click.option(
+    "--manual/--no-manual", default=None, help="Whether its workers are only started by hand."
+)
+@pass_app
+def server_declare(app, name, repo, language, framework, capability, slots, manual):
+    """Say what a server can do, instead of what it says itself.
+
+    Each option replaces what was declared before; an empty one declares that there is none.
+    """
+    lists = {"languages": language, "frameworks": framework, "capabilities": capability}
+    declared = {key: [word for word in words if word] for key, words in lists.items() if words}
+    if repo:
+        paths = pairs_of([text for text in repo if text], "--repo")
+        declared["repos"] = {name: {"path": path} for name, path in paths.items()}
+    body = given(declared=declared, slots=slots, manual=manual)
+    if not body:
+        raise usage("Nothing to declare: give at least one option.")
+    made = app.hub.patch(server_path(app, name), body)
+    app.did(f"Declared for {made.get('name')}", made, server_detail)
+
+
+TO_TYPE = {
+    "script": "Installs everything on the new server, registers and starts it",
+    "register": "Or by hand, with agent.py there: registers it",
+    "run": "and runs its agent",
+}
+
+
 def print_token(screen, answer):
     project_name = one_line(answer.get("project_name") or "")
     left = seconds_between(datetime.now(UTC).isoformat(), answer.get("expires_at"))
@@ -1865,9 +2220,124 @@ def print_token(screen, answer):
     screen.print(Text("The token is shown this once:", "dim"))
     screen.line(answer.get("token") or "")
     for name, commands in (answer.get("commands") or {}).items():
-        screen.print(Text(f"\n{one_line(name)}:", "dim"))
+        screen.print(Text(f"\n{TO_TYPE.get(name, one_line(name))}:", "dim"))
         for line in commands if isinstance(commands, list) else str(commands).split("\n"):
             screen.line(line)
+
+
+# --- users ------------------------------------------------------------------------------------
+
+
+@cli.group()
+def user():
+    """Users: who may sign in, and their rights."""
+
+
+def user_path(name):
+    return f"users/{quote(not_empty(name, 'NAME'), safe='')}"
+
+
+def new_password(password_stdin):
+    if password_stdin:
+        return sys.stdin.readline().rstrip("\r\n")
+    if not sys.stdin.isatty():
+        raise usage("There is no terminal to ask for the password; use --password-stdin.")
+    return click.prompt("Password", hide_input=True, confirmation_prompt=True)
+
+
+def roles_of(texts):
+    """{project: role or None} of `PROJECT=ROLE` words."""
+    roles = pairs_of(texts, "--role")
+    for role in roles.values():
+        if role not in (*ROLES, "none"):
+            raise usage(f"{role!r} is no role; use {', '.join(ROLES)} or none.")
+    return {project: None if role == "none" else role for project, role in roles.items()}
+
+
+role_option = click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    metavar="PROJECT=ROLE",
+    help="viewer, operator or admin of a project, or none; repeatable.",
+)
+password_option = click.option(
+    "--password-stdin", is_flag=True, help="Read the password from standard input."
+)
+
+
+@user.command("list", example="orchestratia user list")
+@pass_app
+def user_list(app):
+    """List users with their rights."""
+    app.show(app.hub.get("users"), show_users)
+
+
+@user.command("show", example="orchestratia user show ada")
+@click.argument("name")
+@pass_app
+def user_show(app, name):
+    """Show one user by name or id."""
+    app.show(app.hub.get(user_path(name)), user_detail)
+
+
+@user.command("create", example="orchestratia user create ada --role shop=operator")
+@click.argument("name")
+@role_option
+@click.option("--admin", is_flag=True, help="An admin of the hub, who may do everything.")
+@password_option
+@pass_app
+def user_create(app, name, roles, admin, password_stdin):
+    """Create a user; the password is asked for."""
+    roles = {project: role for project, role in roles_of(roles).items() if role}
+    body = {"username": not_empty(name, "NAME"), "is_admin": admin, "roles": roles}
+    made = app.hub.post("users", body | {"password": new_password(password_stdin)})
+    app.did(f"Created user {made.get('username')}", made, user_detail)
+
+
+@user.command("update", example="orchestratia user update ada --role shop=admin --role lab=none")
+@click.argument("name")
+@role_option
+@click.option("--admin/--no-admin", default=None, help="Whether an admin of the hub.")
+@click.option("--disable/--enable", default=None, help="Whether kept from signing in.")
+@click.option("--password", "ask_password", is_flag=True, help="Set a new password; asked for.")
+@password_option
+@pass_app
+def user_update(app, name, roles, admin, disable, ask_password, password_stdin):
+    """Change a user's rights or password; roles not named stay as they are."""
+    body = given(is_admin=admin, disabled=disable)
+    if ask_password or password_stdin:
+        body["password"] = new_password(password_stdin)
+    if roles:
+        body["roles"] = merged_roles(app, name, roles_of(roles))
+    if not body:
+        raise usage("Nothing to change: give at least one option.")
+    made = app.hub.patch(user_path(name), body)
+    app.did(f"User {made.get('username')} changed", made, user_detail)
+
+
+def merged_roles(app, name, changes):
+    """All roles of a user by project id, with `changes` by project name or id."""
+    had = app.hub.get(user_path(name)).get("roles") or {}
+    ids = {
+        project: app.hub.get(f"projects/{app.segment('projects', project)}")["id"]
+        for project in changes
+    }
+    merged = had | {ids[project]: role for project, role in changes.items()}
+    return {project: role for project, role in merged.items() if role}
+
+
+@user.command("delete", example="orchestratia user delete ada --yes")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@pass_app
+def user_delete(app, name, yes):
+    """Delete a user and end their tokens.
+
+    On a terminal it asks first.
+    """
+    app.confirm(f"Delete the user {name}?", yes)
+    app.did(f"User {name} deleted", app.hub.delete(user_path(name)))
 
 
 # --- sessions ---------------------------------------------------------------------------------
@@ -1893,7 +2363,7 @@ def session_list(app, everything, status):
 
 
 @session.command("show", example="orchestratia session show dev-01")
-@click.argument("name")
+@named("sessions")
 @pass_app
 def session_show(app, name):
     """Show one session by name or id."""
@@ -1907,7 +2377,7 @@ def session_show(app, name):
     example="orchestratia session start dev-backend --attach\n"
     "orchestratia session start dev-backend --name watcher -- tail -f build.log",
 )
-@click.argument("server_name", metavar="SERVER")
+@named("servers", "server_name", metavar="SERVER")
 @click.option("--name", help="What it is called; a name is made up if left out.")
 @click.option("--dir", "working_dir", metavar="DIR", help="Where it starts, on that server.")
 @click.option("--profile", help="The coding agent it runs; a shell if left out.")
@@ -1927,7 +2397,7 @@ def session_start(app, ctx, server_name, attach, **fields):
 
 
 @session.command("attach", example="orchestratia session attach dev-01")
-@click.argument("name")
+@named("sessions")
 @click.option("--read-only", is_flag=True, help="Only watch: nothing is typed, the size is left.")
 @click.option("--no-resize", is_flag=True, help="Leave the session's size as it is.")
 @pass_app
@@ -1943,7 +2413,7 @@ def session_attach(app, name, read_only, no_resize):
 
 
 @session.command("screen", example="orchestratia session screen dev-01")
-@click.argument("name")
+@named("sessions")
 @pass_app
 def session_screen(app, name):
     """Print what the session's screen shows now."""
@@ -1954,7 +2424,7 @@ def session_screen(app, name):
 
 
 @session.command("send", example='orchestratia session send dev-01 "run the tests again"')
-@click.argument("name")
+@named("sessions")
 @click.argument("text")
 @pass_app
 def session_send(app, name, text):
@@ -1966,7 +2436,7 @@ def session_send(app, name, text):
 
 
 @session.command("input", example="printf '\\003' | orchestratia session input dev-01 -   # Ctrl-C")
-@click.argument("name")
+@named("sessions")
 @click.argument("text")
 @pass_app
 def session_input(app, name, text):
@@ -1980,7 +2450,7 @@ def session_input(app, name, text):
 
 
 @session.command("close", example="orchestratia session close dev-01 --force")
-@click.argument("name")
+@named("sessions")
 @click.option("--force", is_flag=True, help="Kill what runs in it.")
 @pass_app
 def session_close(app, name, force):
@@ -2050,7 +2520,7 @@ class Log:
 
 
 @session.command("logs", example="orchestratia session logs dev-01 --follow")
-@click.argument("name")
+@named("sessions")
 @click.option("--follow", "-f", is_flag=True, help="Go on until the session is over.")
 @click.option("--raw", is_flag=True, help="The bytes as they are, with their colours and controls.")
 @pass_app
@@ -2102,7 +2572,7 @@ def flush_json(log, offset):
 
 
 @session.command("scrollback", example="orchestratia session scrollback dev-01 | tail -100")
-@click.argument("name")
+@named("sessions")
 @pass_app
 def session_scrollback(app, name):
     """Print what has scrolled off the session's screen, and the screen."""
@@ -2125,7 +2595,7 @@ def session_scrollback(app, name):
 @session.command(
     "recording", example="orchestratia session recording dev-01 -o dev-01.cast   # asciinema play"
 )
-@click.argument("name")
+@named("sessions")
 @click.option("--output", "-o", metavar="FILE", default="-", help="Instead of standard output.")
 @pass_app
 def session_recording(app, name, output):
@@ -2715,6 +3185,119 @@ class Attachment:
         self._end("closed")
 
 
+# --- waiting for people -----------------------------------------------------------------------
+
+
+def options(*decorators):
+    def decorate(function):
+        for option in reversed(decorators):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+waiting = options(
+    click.option("--wait", is_flag=True, help="Wait for it, and print it."),
+    click.option("--timeout", type=DURATION_TYPE, help="With --wait: give up (exit 4) after this."),
+)
+planning = options(
+    click.option("--plan", metavar="TEXT|JSON", help="What you are going to do."),
+    click.option("--plan-file", metavar="FILE", help="Read it from a file, or - ."),
+    waiting,
+)
+
+
+def check_waiting(wait, timeout):
+    if timeout is not None and not wait:
+        raise usage("--timeout goes with --wait.")
+
+
+def awaited(app, stream, task_id, look, end):
+    """What `look()` gives once it gives something; it is asked after each event of the task.
+
+    None when time is up.
+    """
+    while True:
+        item = stream.get(time_left(end))
+        if item is Stream.LOST:
+            app.say(LOST_THE_HUB)
+        elif item is Stream.SYNC or (item and item.get("task_id") == task_id):
+            try:
+                if found := look():
+                    return found
+            except Unreachable:  # the stream will notice too, reconnect, and have it read again
+                app.say(LOST_THE_HUB)
+        if time_left(end) == 0:
+            return None
+
+
+CLOSED = {
+    "complete": "was completed",
+    "fail": "has failed",
+    "cancel": "was cancelled",
+    "release": "was taken back from its server",
+}
+
+
+def show_answer(app, stream, asked, end):
+    """Waits for the answer to an intervention and prints it. Raises Problem and TimedOut."""
+
+    def look():
+        found = app.hub.get(f"interventions/{asked['id']}")
+        return found if found.get("status") != "pending" else None
+
+    found = awaited(app, stream, asked.get("task_id"), look, end)
+    if not found:
+        again = f"orchestratia intervention show {asked['id']} --wait"
+        sentence = f"Time is up; the question stays open. To go on waiting: {again}"
+        raise TimedOut(sentence, "timeout", asked)
+    if found["status"] != "responded":
+        why = CLOSED.get(found.get("closed_why"), "has ended")
+        raise Problem(
+            f"The question was closed without an answer: its task {why}.", "closed", found
+        )
+    app.show(found, lambda screen, data: Text(clean(data.get("response") or "")))
+
+
+def submit_plan(app, task_id, plan, plan_file, wait, timeout):
+    check_waiting(wait, timeout)
+    if (plan is None) == (plan_file is None):
+        raise usage("Give the plan with --plan or with --plan-file.")
+    value = json_or_text(not_empty(read_text(plan_file) if plan is None else plan, "The plan"))
+    stream = Stream(app.hub) if wait else None
+    body = {"plan": {"summary": value} if isinstance(value, str) else value}
+    made = app.hub.post(f"tasks/{task_id}/plan", body)
+    if not wait:
+        return app.did("Plan submitted", made, task_brief)
+    app.say("Plan submitted; waiting for the decision.")
+    show_decision(app, stream, made["id"], deadline(timeout))
+
+
+def plans_of(app, task_id):
+    return app.hub.get(f"tasks/{task_id}/plan").get("plans") or []
+
+
+def show_decision(app, stream, task_id, end):
+    """Waits for what is decided of the plan just submitted. Raises Problem and TimedOut."""
+    version = plans_of(app, task_id)[-1]["version"]
+
+    def look():
+        ours = [one for one in plans_of(app, task_id) if one["version"] == version]
+        return next((one for one in ours if one.get("status") != "pending"), None)
+
+    found = awaited(app, stream, task_id, look, end)
+    if not found:
+        sentence = f"Time is up; the plan still waits. To look: orchestratia plan show {task_id}"
+        raise TimedOut(sentence, "timeout", {"task_id": task_id, "version": version})
+    status, feedback = found["status"], clean(found.get("feedback") or "")
+    if status != "approved":
+        said = {"revised": f"sent back: {feedback}", "replaced": "replaced by a newer one."}
+        sentence = f"The plan was {said.get(status, 'closed with its attempt.')}"
+        raise Problem(sentence, status, found)
+    app.show(found, lambda screen, data: Text(": ".join(filter(None, ("Approved", feedback)))))
+
+
 # --- tasks ------------------------------------------------------------------------------------
 
 
@@ -2725,15 +3308,6 @@ def task():
     ID is a task's id or its first 4 characters or more, with or without #. Inside a session,
     start, complete, fail, view, explain, events and tree mean its own task when no ID is given.
     """
-
-
-def options(*decorators):
-    def decorate(function):
-        for option in reversed(decorators):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 # The fields of a task that both create and update take.
@@ -2843,7 +3417,7 @@ def task_create(app, ctx, title, depends_on, auto_assign, assign, require_plan, 
     body |= given(
         auto_assign=auto_assign or None,
         require_plan=require_plan or None,
-        session_id=os.environ.get("ORCHESTRATIA_SESSION_ID"),
+        session_id=app.session_id,
         project_id=app.project_id,
         dependencies=[dependency_body(app, *one) for one in dependencies],
     )
@@ -2884,7 +3458,10 @@ def task_list(app, **query):
 @pass_app
 def task_view(app, task_id):
     """Show everything about a task (also: task status)."""
-    app.show(app.hub.get(f"tasks/{task_id}"), task_detail)
+    found, asked = app.hub.get(f"tasks/{task_id}"), ()
+    if found.get("status") == "needs_human" and not app.as_json:
+        asked = app.hub.get("interventions", task_id=found["id"], status="pending")
+    app.show(found, lambda screen, task: task_detail(screen, task, asked))
 
 
 @task.command("check", example="orchestratia task check --json")
@@ -2892,7 +3469,8 @@ def task_view(app, task_id):
 def task_check(app):
     """Show what is assigned to you.
 
-    In a session its task, with a server's key its tasks, for a person all work in progress.
+    In a session its task, with a server's key its tasks; for an orchestrator or a person all work
+    in progress.
     """
     tasks = own_tasks(app, app.hub.get("auth/me"))
     app.show({"count": len(tasks), "tasks": tasks}, check_view)
@@ -2998,6 +3576,74 @@ def task_fail(app, task_id, error):
     app.did("Task failed", app.hub.post(f"tasks/{task_id}/fail", {"error": error}), task_brief)
 
 
+@task.command(
+    "help",
+    example='orchestratia task help 4f2a --question "JWT or session cookies?" --wait\n'
+    'orchestratia task help --id 4f2a --question "Which port?" --type question --to boss',
+)
+@task_argument(default=True)
+@click.option("--question", required=True, help="What you need to know.")
+@click.option("--context", help="What one should know to answer it.")
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(["help", "question", "approval"]),
+    default="help",
+    help="Of a question an orchestrator may answer, the others are for people.",
+)
+@click.option("--to", "target", metavar="SESSION", help="The session a question is meant for.")
+@waiting
+@pass_app
+def task_help(app, task_id, question, context, kind, target, wait, timeout):
+    """Ask a person, or an orchestrator; the task waits for the answer.
+
+    With --wait prints the answer alone, so that a script can use it. Ends with 1 when the question
+    is closed without an answer, 4 when time is up.
+    """
+    check_waiting(wait, timeout)
+    body = {"question": not_empty(question, "--question"), "intervention_type": kind}
+    stream = Stream(app.hub) if wait else None  # before asking, so that no answer is missed
+    said = given(context=context, target_session_id=target)
+    asked = app.hub.post(f"tasks/{task_id}/help", body | said)
+    if wait:
+        app.say(f"Asked; waiting for the answer to {asked['id']}.")
+        return show_answer(app, stream, asked, deadline(timeout))
+    heading = "Question asked" if kind == "question" else "Help requested"
+    app.did(heading, asked, intervention_detail)
+
+
+@task.command("plan", example='orchestratia task plan 4f2a --plan "1. schema 2. routes 3. tests"')
+@task_argument(default=True)
+@planning
+@pass_app
+def task_plan(app, task_id, **options):
+    """Hand in a plan to be approved (the same as: plan submit)."""
+    submit_plan(app, task_id, **options)
+
+
+@task.command("note", example='orchestratia task note 4f2a --content "The schema has moved"')
+@task_argument(default=True)
+@click.option("--content", required=True)
+@click.option("--urgent", is_flag=True, help="Interrupt the worker with it.")
+@pass_app
+def task_note(app, task_id, content, urgent):
+    """Add a note to a task; its worker and those that build on it are told."""
+    add_note(app, task_id, not_empty(content, "--content"), urgent)
+
+
+def add_note(app, task_id, content, urgent):
+    body = {"content": content, "urgent": urgent}
+    app.did("Note added", app.hub.post(f"tasks/{task_id}/notes", body))
+
+
+@task.command("notes", example="orchestratia task notes 4f2a")
+@task_argument(default=True)
+@pass_app
+def task_notes(app, task_id):
+    """Read the notes on a task, oldest first."""
+    app.show(app.hub.get(f"tasks/{task_id}/notes"), show_notes)
+
+
 @task.command("cancel", example="orchestratia task cancel 4f2a --cascade")
 @task_argument()
 @click.option("--cascade", is_flag=True, help="Also all tasks that wait for it.")
@@ -3018,37 +3664,57 @@ def task_retry(app, task_id):
     app.did("Task will be tried again", app.hub.post(f"tasks/{task_id}/retry"), task_brief)
 
 
+# What `--clear` takes, and what empties that field at the hub.
+CLEARED = {
+    "repo": {"target_repo": None},
+    "branch": {"target_branch": None},
+    "acceptance-criteria": {"acceptance_criteria": []},
+    "structured-spec": {"structured_spec": None},
+    "command": {"command": None},
+    "queue-timeout": {"queue_timeout": None},
+    "start-timeout": {"start_timeout": None},
+    "progress-timeout": {"progress_timeout": None},
+    "timeout": {"timeout": None},
+    "language": {"requirements": {"languages": []}},
+    "framework": {"requirements": {"frameworks": []}},
+    "capability": {"requirements": {"capabilities": []}},
+}
+
+
 @task.command(
     "update",
-    several=("--acceptance-criteria",),
+    several=("--acceptance-criteria", "--clear"),
     trailing=True,
-    example="orchestratia task update 4f2a --priority critical --branch ''",
+    example="orchestratia task update 4f2a --priority critical --clear branch timeout",
 )
 @task_argument()
 @click.option("--title")
 @describing
 @click.option("--auto-assign/--no-auto-assign", default=None, help="Place it when it is free.")
+@click.option(
+    "--clear",
+    multiple=True,
+    type=click.Choice(list(CLEARED)),
+    metavar="FIELD…",
+    help=f"Empty these fields: any of {', '.join(CLEARED)}.",
+)
 @click.pass_context
 @pass_app
-def task_update(app, ctx, task_id, title, auto_assign, **fields):
+def task_update(app, ctx, task_id, title, auto_assign, clear, **fields):
     """Change fields of a task.
 
-    An empty --repo, --branch or --acceptance-criteria clears it.
+    An empty --repo, --branch or --acceptance-criteria clears it too.
     """
-    cleared = {
-        name: empty
-        for option, name, empty in (
-            ("repo", "target_repo", None),
-            ("branch", "target_branch", None),
-            ("criteria", "acceptance_criteria", []),
-        )
-        if fields[option] in ("", ("",))
-    }
+    empty = {"repo": fields["repo"], "branch": fields["branch"]}
+    empty["acceptance-criteria"] = "" if fields["criteria"] == ("",) else None
     body = {
         **given(title=not_empty(title, "--title"), auto_assign=auto_assign),
         **described(ctx, **fields),
-        **cleared,
     }
+    for name in (*clear, *(name for name, value in empty.items() if value == "")):
+        for key, value in CLEARED[name].items():
+            known = body.get(key) or {}
+            body[key] = {**known, **value} if isinstance(value, dict) else value
     if not body:
         raise usage("Nothing to change: give at least one option.")
     app.did("Task updated", app.hub.patch(f"tasks/{task_id}", body), task_detail)
@@ -3264,6 +3930,117 @@ def deps_remove(app, task_id, depends_on):
     app.did("Dependency removed", answer)
 
 
+# --- plans, notes, interventions --------------------------------------------------------------
+
+
+@cli.group()
+def plan():
+    """Plans: what a worker will do, decided on first."""
+
+
+@plan.command("submit", example="orchestratia plan submit 4f2a --plan-file plan.md --wait")
+@task_argument(default=True)
+@planning
+@pass_app
+def plan_submit(app, task_id, **options):
+    """Hand in a plan, or a new version of it, to be approved.
+
+    With --wait ends with 0 when it is approved, 1 when it is sent back, 4 when time is up.
+    """
+    submit_plan(app, task_id, **options)
+
+
+@plan.command("show", example="orchestratia plan show 4f2a")
+@task_argument(default=True)
+@pass_app
+def plan_show(app, task_id):
+    """Show a task's plan and what was decided of it."""
+    app.show(app.hub.get(f"tasks/{task_id}/plan"), plan_view)
+
+
+version_option = click.option(
+    "--version", "version", type=click.IntRange(min=1), help="The version you have read."
+)
+
+
+@plan.command("approve", example="orchestratia plan approve 4f2a")
+@task_argument()
+@click.option("--comment", help="What the worker should know besides.")
+@version_option
+@pass_app
+def plan_approve(app, task_id, comment, version):
+    """Let the worker do what it plans."""
+    body = given(comment=comment, version=version)
+    app.did("Plan approved", app.hub.post(f"tasks/{task_id}/plan/approve", body), task_brief)
+
+
+@plan.command("revise", example='orchestratia plan revise 4f2a --feedback "Keep the old routes"')
+@task_argument()
+@click.option("--feedback", required=True, help="What should be different.")
+@version_option
+@pass_app
+def plan_revise(app, task_id, feedback, version):
+    """Send a plan back with what should be different."""
+    body = {"feedback": not_empty(feedback, "--feedback"), **given(version=version)}
+    app.did("Plan sent back", app.hub.post(f"tasks/{task_id}/plan/revise", body), task_brief)
+
+
+@cli.command(example='orchestratia note 4f2a "The schema has moved to core/" --urgent')
+@task_and("text")
+@click.option("--urgent", is_flag=True, help="Interrupt the worker with it.")
+@pass_app
+def note(app, task_id, text, urgent):
+    """Add a note to a task (the same as: task note)."""
+    add_note(app, task_id, not_empty(text, "TEXT"), urgent)
+
+
+@cli.group()
+def intervention():
+    """Interventions: what workers have asked, and the answers."""
+
+
+@intervention.command("list", example="orchestratia intervention list --status pending")
+@click.option("--task-id", "--task", "task_text", metavar="ID", help="Only those about this task.")
+@click.option("--status", help="Only pending, responded or closed ones.")
+@pass_app
+def intervention_list(app, task_text, status):
+    """List questions with their answers, newest first."""
+    task_id = task_ref(task_text) if task_text else None
+    query = {"task_id": task_id, "status": status, "project_id": app.project_id}
+    app.show(app.hub.get("interventions", **query), show_interventions)
+
+
+@intervention.command("show", example="orchestratia intervention show 77aa --wait --timeout 1h")
+@click.argument("ref", metavar="ID")
+@waiting
+@pass_app
+def intervention_show(app, ref, wait, timeout):
+    """Show a question with its answer.
+
+    With --wait prints the answer alone, as soon as there is one.
+    """
+    check_waiting(wait, timeout)
+    stream = Stream(app.hub) if wait else None
+    asked = app.hub.get(f"interventions/{task_ref(ref, 'intervention')}")
+    if wait:
+        return show_answer(app, stream, asked, deadline(timeout))
+    app.show(asked, intervention_detail)
+
+
+@intervention.command("respond", example='orchestratia intervention respond 77aa "Use JWT"')
+@click.argument("ref", metavar="ID")
+@click.argument("text", required=False)
+@click.option("--response", help="The answer, instead of TEXT.")
+@pass_app
+def intervention_respond(app, ref, text, response):
+    """Answer a question; the first answer counts and goes to whoever asked."""
+    if (text is None) == (response is None):
+        raise usage("Give the answer as TEXT or with --response.")
+    answer = not_empty(text if response is None else response, "The answer")
+    path = f"interventions/{task_ref(ref, 'intervention')}/respond"
+    app.did("Answered", app.hub.post(path, {"response": answer}), intervention_detail)
+
+
 # --- contracts --------------------------------------------------------------------------------
 
 
@@ -3325,13 +4102,18 @@ def contract_set(app, task_id, key, value):
 
 @cli.group()
 def pipeline():
-    """Pipelines: many tasks with their dependencies, from one file."""
+    """Pipelines: many tasks from one file."""
 
 
-def read_pipeline(app, path, name):
+def read_pipeline(app, path, name, older=False):
     """The request that makes the pipeline of a file."""
     shown = "standard input" if path == "-" else path
-    body = object_of(parse_document(read_text(path), shown), shown)
+    stem = "pipeline" if path == "-" else Path(path).stem
+    return pipeline_body(app, read_text(path), shown, name, stem, older)
+
+
+def pipeline_body(app, text, shown, name, stem="", older=False):
+    body = object_of(parse_document(text, shown), shown)
     if not isinstance(body.get("tasks"), list) or not body["tasks"]:
         raise usage(f"{shown} must have a list of tasks under `tasks`.")
     for number, one in enumerate(body["tasks"], 1):
@@ -3339,9 +4121,31 @@ def read_pipeline(app, path, name):
     own = body.pop("project", None)
     if own and not app.credentials.project:
         app.credentials.project = str(own)
-    stem = "pipeline" if path == "-" else Path(path).stem
     body["name"] = name or body.get("name") or stem
+    if older:
+        body["tasks"] = in_newer_form(body["tasks"])
     return body | given(project_id=app.project_id)
+
+
+def in_newer_form(tasks):
+    """Tasks each with an id of its own, and dependencies on earlier ones named by it."""
+    ids = [str(one.get("id") or f"task-{number}") for number, one in enumerate(tasks)]
+
+    def upstream_of(upstream, earlier):
+        text = str(upstream)
+        if isinstance(upstream, dict) or text in ids or not text.isdigit():
+            return upstream if isinstance(upstream, dict) else text
+        if int(text) >= len(earlier):
+            name = ids[len(earlier)]
+            raise usage(f"Task {name!r} depends on number {text}, which is no earlier task.")
+        return earlier[int(text)]
+
+    made = []
+    for number, one in enumerate(tasks):
+        ups = one.get("depends_on") or []
+        ups = [upstream_of(up, ids[:number]) for up in (ups if isinstance(ups, list) else [ups])]
+        made.append({**one, "id": ids[number], **given(depends_on=ups)})
+    return made
 
 
 @pipeline.command(
@@ -3371,6 +4175,30 @@ def pipeline_apply(app, file, name, watch, timeout):
     follow_pipeline(app, made, timeout)
 
 
+@pipeline.command(
+    "create",
+    example="orchestratia pipeline create --file tasks.json\n"
+    """orchestratia pipeline create --inline '{"tasks": [{"title": "Build"}]}'""",
+)
+@click.option("--file", "path", metavar="FILE", help="YAML or JSON; - reads standard input.")
+@click.option("--inline", metavar="JSON", help="The pipeline itself.")
+@click.option("--name", help="Instead of the name in the file.")
+@pass_app
+def pipeline_create(app, path, inline, name):
+    """Create all tasks of a pipeline in the older form.
+
+    There a task may leave out its id, and depends_on may name earlier tasks by their number,
+    counted from 0. All are made at once, or none.
+    """
+    if not (path or inline):
+        raise usage("Give the pipeline with --file or with --inline.")
+    if path:
+        body = read_pipeline(app, path, name, older=True)
+    else:
+        body = pipeline_body(app, inline, "--inline", name or "pipeline", older=True)
+    app.did("Pipeline created", app.hub.post("pipelines", body), pipeline_view)
+
+
 @pipeline.command("list", example="orchestratia pipeline list")
 @pass_app
 def pipeline_list(app):
@@ -3379,7 +4207,7 @@ def pipeline_list(app):
 
 
 @pipeline.command("show", example="orchestratia pipeline show ecommerce --watch")
-@click.argument("name")
+@named("pipelines")
 @click.option("--watch", is_flag=True, help="Follow it until it has ended.")
 @click.option(
     "--timeout", type=DURATION_TYPE, help="With --watch: give up (exit 4) after this long."
@@ -3391,6 +4219,187 @@ def pipeline_show(app, name, watch, timeout):
     if not watch:
         return app.show(found, pipeline_view)
     follow_pipeline(app, found, timeout)
+
+
+# How a task is written in a file: the API's name, the file's, and what it is by itself.
+WRITTEN = (
+    ("spec", "spec", None),
+    ("type", "type", "feature"),
+    ("priority", "priority", "normal"),
+    ("target_repo", "repo", None),
+    ("target_branch", "branch", None),
+    ("acceptance_criteria", "acceptance_criteria", []),
+    ("requirements", "requirements", {}),
+    ("structured_spec", "structured_spec", None),
+    ("profile", "profile", None),
+    ("command", "command", None),
+    ("auto_assign", "auto_assign", False),
+    ("require_plan", "require_plan", False),
+    ("on_lost", "on_lost", "retry"),
+    ("max_attempts", "max_attempts", 1),
+    ("retry_delay_s", "retry_delay_s", 0),
+    ("queue_timeout", "queue_timeout", None),
+    ("start_timeout", "start_timeout", None),
+    ("progress_timeout", "progress_timeout", None),
+    ("timeout", "timeout", None),
+)
+
+
+def written(task, profile):
+    """A task of the API or of a file as the shortest file has it, in one order.
+
+    `profile`: the project's, which goes without saying.
+    """
+    needs = {key: value for key, value in (task.get("requirements") or {}).items() if value}
+    own = {**task, "requirements": needs, "target_repo": needs.pop("repo", None)}
+    own["structured_spec"] = without_needs(task.get("structured_spec"), needs)
+    entry = {"title": one_line(task.get("title") or "")}
+    for name, key, usual in WRITTEN:
+        value = own.get(name) if own.get(name) is not None else task.get(key)
+        own_words = {"spec": task.get("title"), "profile": profile}.get(key)
+        if isinstance(value, float) and value == int(value):
+            value = int(value)
+        if value not in (None, usual, own_words) and (value or usual):
+            entry[key] = value
+    return entry
+
+
+def without_needs(structured, needs):
+    """A structured spec less the languages and frameworks it asks for, which go to `needs`."""
+    if not isinstance(structured, dict):
+        return structured
+    asked = dict(structured.get("constraints") or {})
+    for name in ("languages", "frameworks"):
+        if wanted := asked.pop(name, None):
+            needs[name] = wanted
+    rest = {key: value for key, value in structured.items() if key != "constraints"}
+    return rest | given(constraints=asked) or None
+
+
+def written_link(link):
+    if isinstance(link, str):
+        return link
+    kind = link.get("type") or ("input" if link.get("key") else "blocks")
+    return (
+        link["task"]
+        if kind == "blocks"
+        else given(task=link["task"], type=kind, key=link.get("key"))
+    )
+
+
+def as_file(app, found):
+    """A pipeline of the hub as a file that makes the same again."""
+    labels, profile = labels_of(found), profile_of(app, found)
+    tasks = []
+    for one in found.get("tasks") or ():
+        ups = one.get("dependencies") or ()
+        for up in ups:
+            if up["depends_on_task_id"] not in labels:
+                app.say(
+                    f"Left out: {labels[one['id']]} depends on {up['depends_on_task_id']}, "
+                    "which is not in the pipeline."
+                )
+        links = [
+            written_link(
+                {
+                    "task": labels[up["depends_on_task_id"]],
+                    "type": up.get("dependency_type"),
+                    "key": up.get("contract_key"),
+                }
+            )
+            for up in ups
+            if up["depends_on_task_id"] in labels
+        ]
+        tasks.append({"id": labels[one["id"]], **written(one, profile), **given(depends_on=links)})
+    return {"$schema": PIPELINE, "name": found.get("name"), "tasks": tasks}
+
+
+def profile_of(app, found):
+    return app.hub.get(f"projects/{found['project_id']}").get("profile")
+
+
+@pipeline.command("export", example="orchestratia pipeline export ecommerce > ecommerce.yaml")
+@named("pipelines")
+@pass_app
+def pipeline_export(app, name):
+    """Print a pipeline as a file that makes the same again.
+
+    YAML, or JSON with --json. Which server or session was chosen is not part of it.
+    """
+    found = as_file(app, app.hub.get(f"pipelines/{app.segment('pipelines', name)}"))
+    if app.as_json:
+        return app.show(found)
+    click.echo(yaml_text(found), nl=False)
+
+
+@pipeline.command("diff", example="orchestratia pipeline diff ecommerce.yaml")
+@click.argument("file")
+@named("pipelines", required=False)
+@click.option("--exit-code", is_flag=True, help="End with 1 when they differ.")
+@pass_app
+def pipeline_diff(app, file, name, exit_code):
+    """Show how a file differs from the pipeline of its name, or of NAME, in the hub.
+
+    + is in the file alone, - in the hub alone, ~ differs.
+    """
+    body = read_pipeline(app, file, None)
+    found = app.hub.get(f"pipelines/{app.segment('pipelines', name or str(body['name']))}")
+    profile = profile_of(app, found)
+    ours = {
+        str(one.get("id") or ""): {
+            **written(one, profile),
+            **given(depends_on=[written_link(link) for link in one.get("depends_on") or ()]),
+        }
+        for one in body["tasks"]
+    }
+    theirs = {one.pop("id"): one for one in as_file(app, found)["tasks"]}
+    differences = {
+        "added": {key: one for key, one in ours.items() if key not in theirs},
+        "removed": {key: one for key, one in theirs.items() if key not in ours},
+        "changed": changed_fields(theirs, ours),
+    }
+    same = not any(differences.values())
+    app.show({"pipeline_id": found["id"], "same": same, **differences}, diff_view)
+    if exit_code and not same:
+        raise click.exceptions.Exit(EXIT_REFUSED)
+
+
+def changed_fields(theirs, ours):
+    """{task: {field: [in the hub, in the file]}}"""
+    changed = {}
+    for key in ours.keys() & theirs.keys():
+        before, after = theirs[key], ours[key]
+        if before.get("depends_on") and after.get("depends_on"):  # their order says nothing
+            before, after = ({**one, "depends_on": sorted_links(one)} for one in (before, after))
+        fields = {
+            name: [before.get(name), after.get(name)]
+            for name in {**before, **after}
+            if before.get(name) != after.get(name)
+        }
+        if fields:
+            changed[key] = fields
+    return {key: changed[key] for key in ours if key in changed}
+
+
+def sorted_links(entry):
+    return sorted(entry["depends_on"], key=lambda link: json.dumps(link, sort_keys=True))
+
+
+def diff_view(screen, data):
+    if data["same"]:
+        return Text("No difference.", "dim")
+    lines = [
+        Text(f"+ {one_line(key)}  {one['title']}", "green") for key, one in data["added"].items()
+    ]
+    lines += [
+        Text(f"- {one_line(key)}  {one['title']}", "red") for key, one in data["removed"].items()
+    ]
+    for key, fields in data["changed"].items():
+        lines.append(Text(f"~ {one_line(key)}", "yellow"))
+        for name, (before, after) in fields.items():
+            shown = [known(value) or "(nothing)" for value in (before, after)]
+            lines.append(Text(f"    {name}: {shown[0]} → {shown[1]}"))
+    return Stack(*lines)
 
 
 def stuck(tasks):
@@ -3578,37 +4587,24 @@ def waits_for(task, labels):
 # --- events -----------------------------------------------------------------------------------
 
 
-def latest_events(app, limit, after, task_id):
-    """The hub's answer cut to the newest `limit` events, or with `after` the next ones."""
-    if task_id:
-        found = app.hub.get(f"tasks/{task_id}/events").get("events") or []
-        fresh = [event for event in found if after is None or event["id"] > after]
-        return {"events": fresh[-limit:], "next_cursor": None}
-    project = app.project_id
-    if after is not None:
-        return app.hub.get("events", after=after, project_id=project, limit=limit)
-    kept, page = [], {"next_cursor": 0}
-    while page["next_cursor"] is not None:
-        page = app.hub.get("events", after=page["next_cursor"], project_id=project, limit=PAGE)
-        found = page.get("events") or []
-        kept = (kept + found)[-limit:]
-        page["next_cursor"] = page.get("next_cursor") if found else None
-    return {"events": kept, "next_cursor": None}
-
-
 @cli.command(example="orchestratia events --follow --task 4f2a")
 @click.option("--follow", "-f", is_flag=True, help="Go on with what happens from now.")
-@click.option("--after", type=int, metavar="EVENT", help="Only what came after this event.")
+@click.option("--after", type=int, metavar="EVENT", help="What came after this event.")
+@click.option("--before", type=int, metavar="EVENT", help="What came before this event.")
 @click.option("--task", "task_text", metavar="ID", help="Only what happened to this task.")
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True)
+@click.option("--limit", type=click.IntRange(1, PAGE), default=50, show_default=True)
 @pass_app
-def events(app, follow, after, task_text, limit):
-    """Show what happened, oldest first.
+def events(app, follow, after, before, task_text, limit):
+    """Show what happened last, oldest first.
 
     With --follow --json each event is a line of its own.
     """
+    if before is not None and (follow or after is not None):
+        raise usage("--before goes neither with --after nor with --follow.")
     task_id = app.full_id(task_ref(task_text)) if task_text else None
-    page = latest_events(app, limit, after, task_id)
+    query = {"task_id": task_id, "project_id": app.project_id, "limit": limit}
+    where = {"after": after} if after is not None else {"tail": 1, "before": before}
+    page = app.hub.get("events", **query, **where)
     if not follow:
         return app.show(page, show_events)
     found = page.get("events") or []
@@ -3642,5 +4638,71 @@ def event_style(event):
     return MARKS.get(EVENT_STATUS.get(event.get("type")), ("", ""))[1]
 
 
+# --- the dashboard, the shell -----------------------------------------------------------------
+
+# What `open` opens: the path of its page, and whether that needs a name or id.
+PAGES = {
+    "overview": "",
+    "tasks": "tasks",
+    "task": "tasks/",
+    "sessions": "sessions",
+    "session": "sessions/",
+    "servers": "servers",
+    "pipelines": "pipelines",
+    "pipeline": "pipelines/",
+    "events": "events",
+    "docs": "docs",
+}
+
+
+@cli.command("open", example="orchestratia open task 4f2a")
+@click.argument("page", type=click.Choice(list(PAGES)), default="overview")
+@click.argument("name", required=False)
+@pass_app
+def open_page(app, page, name):
+    """Open a page of the dashboard in the browser.
+
+    Its address is printed too, for where there is no browser. In a session `open task` and
+    `open session` mean its own.
+    """
+    url = f"{app.hub.url}/{PAGES[page]}{page_of(app, page, name)}".rstrip("/")
+    opened = has_browser() and webbrowser.open(url)
+    app.show({"url": url, "opened": opened})
+    if not app.as_json:
+        app.screen.line(url)
+
+
+def page_of(app, page, name):
+    """The last part of a page's address: the whole id of what it is about."""
+    if not PAGES[page].endswith("/"):
+        if name:
+            raise usage(f"The page of {page} takes no name; try: open {page.removesuffix('s')}.")
+        return ""
+    name = name or os.environ.get(f"ORCHESTRATIA_{page.upper()}_ID")
+    if not name:
+        raise usage(f"Which {page}? Give its name or id.")
+    ref = task_ref(name) if page == "task" else app.segment(f"{page}s", name)
+    return app.hub.get(f"{page}s/{ref}")["id"]
+
+
+def has_browser():
+    """Whether a browser with a window can be opened; one in this terminal would take it over."""
+    shown = any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
+    return shown or sys.platform in ("darwin", "win32")
+
+
+@cli.command(
+    example='eval "$(orchestratia completion bash)"      # in ~/.bashrc\n'
+    'eval "$(orchestratia completion zsh)"       # in ~/.zshrc\n'
+    "orchestratia completion fish > ~/.config/fish/completions/orchestratia.fish"
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell):
+    """Print what makes a shell complete commands, names and ids."""
+    variable = f"_{PROGRAM.upper()}_COMPLETE"
+    made = shell_completion.get_completion_class(shell)(cli, {}, PROGRAM, variable)
+    click.echo(made.source_template % made.source_vars())
+
+
 if __name__ == "__main__":
-    cli(prog_name="orchestratia")
+    cli(prog_name=PROGRAM)

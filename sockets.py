@@ -411,6 +411,7 @@ def agent_socket(connection: Wire):
     caller, hello = _greeted(connection)
     if caller:
         connection.allow(AGENT_MOST)
+        connection.stay_in_background()
         instance = str(hello.get("instance") or "") if hello.get("protocol") == 2 else None
         return partial(_serve, connection, caller, instance)
 

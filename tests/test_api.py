@@ -299,6 +299,50 @@ def test_events_are_listed_from_an_id_on(shop, admin):
     assert [e["type"] for e in own] == ["task_created"]
 
 
+def test_the_newest_events_are_a_page_of_their_own(shop, admin):
+    task = shop.task("A")["id"]
+    shop.working("B")
+    everything = admin.get("events?limit=1000").json["events"]
+    last = admin.get("events?tail=1&limit=2").json
+    assert last["events"] == everything[-2:]
+    assert (last["next_cursor"], last["prev_cursor"]) == (None, everything[-2]["id"])
+    older = admin.get(f"events?limit=1000&before={last['prev_cursor']}").json
+    assert older["events"] == everything[:-2]
+    assert older["prev_cursor"] is None
+    own = admin.get(f"events?tail=1&task_id={task}").json["events"]
+    assert [e["type"] for e in own] == ["task_created"]
+    assert admin.get("events?before=0").json["events"] == []
+
+
+def test_the_newest_events_cost_the_same_however_long_the_log_is(shop, client):
+    """Of a quiet project beside a busy one, too: nothing is walked through to find them."""
+    shop.task("quiet", project="other")
+    shop.user("vera", other="viewer")
+    vera = client.as_user("vera")
+
+    def steps():
+        count = [0]
+        connection = models.db.obj.connection()
+        connection.set_progress_handler(lambda: count.__setitem__(0, count[0] + 1) or 0, 1)
+        found = vera.get("events?tail=1&limit=2").json["events"]
+        connection.set_progress_handler(None, 0)
+        assert {e["project_id"] for e in found} == {shop.project("other")["id"]}
+        return count[0]
+
+    few = steps()
+    for n in range(200):
+        shop.task(f"busy {n}")
+    assert steps() < few * 1.2
+
+
+def test_a_viewer_sees_the_newest_events_of_their_project_alone(shop, client):
+    shop.task("A")
+    shop.task("far", project="other")
+    shop.user("vera", shop="viewer")
+    found = client.as_user("vera").get("events?tail=1").json["events"]
+    assert {e["project_id"] for e in found} == {shop.project("shop")["id"]}
+
+
 def test_a_viewer_sees_the_events_of_their_project_alone(shop, client):
     shop.task("A")
     shop.task("far", project="other")

@@ -775,6 +775,16 @@ def test_typing_into_a_session_of_an_offline_server_is_refused(shop, dev, attach
     term.see("there2")
 
 
+def test_a_person_at_a_terminal_is_asked_before_something_is_destroyed(shop, terminal):
+    shop.register("dev")
+    for answer, code, status in (("n", 130, "offline"), ("y", 0, "revoked")):
+        term = terminal(shop, "server", "revoke", "dev", token=shop.login())
+        term.see("Revoke dev? It can only come back with a new token.")
+        term.send(f"{answer}\r")
+        term.leaves(code)
+        assert shop.api("GET", "servers/dev")["status"] == status
+
+
 def test_a_sessions_own_key_may_what_its_role_may(shop, dev, terminal):
     def key_of(role):
         told = "echo key=$ORCHESTRATIA_API_KEY=; read x"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -434,10 +435,54 @@ def test_a_title_alone_is_a_task(hub, run):
         ("wait", "4f2a", "--for", "finished"),
         ("view",),
         ("deps", "add", "4f2a", "--depends-on", "91bc", "--type", "input"),
+        ("update", "4f2a", "--clear", "title"),
+        ("help", "4f2a"),
+        ("help", "4f2a", "--question", " "),
+        ("help", "4f2a", "--question", "x", "--timeout", "1s"),
+        ("plan", "4f2a"),
+        ("plan", "4f2a", "--plan", ""),
+        ("note", "4f2a", "--content", ""),
     ],
 )
 def test_wrong_usage_is_exit_2_in_both_modes_and_nothing_is_sent(hub, run, args):
-    plain, as_json = run("task", *args), run("task", "--json", *args)
+    check_usage(hub, run, "task", *args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("server", "declare", "dev"),
+        ("server", "declare", "dev", "--repo", "core"),
+        ("server", "rename", "dev", " "),
+        ("project", "update", "shop"),
+        ("project", "use"),
+        ("project", "use", "shop", "--none"),
+        ("user", "create", "ada"),
+        ("user", "create", "ada", "--role", "shop=king", "--password-stdin"),
+        ("user", "update", "ada"),
+        ("plan", "revise", "4f2a", "--feedback", ""),
+        ("plan", "approve"),
+        ("note", "4f2a", ""),
+        ("note",),
+        ("intervention", "respond", "77aa"),
+        ("intervention", "respond", "77aa", "yes", "--response", "no"),
+        ("intervention", "respond", "77", "yes"),
+        ("intervention", "respond", "77aa", ""),
+        ("pipeline", "create"),
+        ("pipeline", "create", "--inline", '{"tasks": [{"title": "a", "depends_on": [0]}]}'),
+        ("pipeline", "create", "--inline", "[]"),
+        ("events", "--before", "3", "--follow"),
+        ("open", "task"),
+        ("open", "tasks", "x"),
+        ("completion", "tcsh"),
+    ],
+)
+def test_wrong_usage_of_the_other_commands_too(hub, run, args):
+    check_usage(hub, run, *args)
+
+
+def check_usage(hub, run, group, *args):
+    plain, as_json = run(group, *args), run(group, "--json", *args)
     assert (plain.exit_code, as_json.exit_code) == (2, 2)
     assert plain.stderr.startswith("Error: ") and not plain.stdout
     error = json.loads(as_json.stdout)
@@ -522,7 +567,102 @@ REQUESTS = [
     ("session show %C3%BC?&", "GET", "sessions/%25C3%25BC%3F%26", None),
     ("server show dev", "GET", "servers/dev", None),
     ("server token --ttl 2h", "POST", "servers/tokens", {"ttl_s": 7200}),
+    ("server drain a/b", "POST", "servers/s1/drain", None),
+    ("server resume dev", "POST", "servers/dev/resume", None),
+    ("server revoke dev", "POST", "servers/dev/revoke", None),
+    ("server rename dev dev-2", "PATCH", "servers/dev", {"name": "dev-2"}),
+    (
+        "server declare dev --language rust ts --framework= --repo a=/srv/a b=~/b --slots 3",
+        "PATCH",
+        "servers/dev",
+        {
+            "declared": {
+                "languages": ["rust", "ts"],
+                "frameworks": [],
+                "repos": {"a": {"path": "/srv/a"}, "b": {"path": "~/b"}},
+            },
+            "slots": 3,
+        },
+    ),
+    ("server declare dev --no-manual", "PATCH", "servers/dev", {"manual": False}),
     ("project create P --profile command", "POST", "projects", {"name": "P", "profile": "command"}),
+    ("project show P", "GET", "projects/P", None),
+    ("project update P --name Q", "PATCH", "projects/P", {"name": "Q"}),
+    ("user list", "GET", "users", None),
+    ("user show ada/x", "GET", "users/ada%2Fx", None),
+    (
+        "user update ada --admin --disable",
+        "PATCH",
+        "users/ada",
+        {"is_admin": True, "disabled": True},
+    ),
+    ("user update ada --no-admin", "PATCH", "users/ada", {"is_admin": False}),
+    ("user delete ada", "DELETE", "users/ada", None),
+    (
+        "task help --id 4f2a --question Q? --context c --type question --to boss",
+        "POST",
+        "tasks/4f2a/help",
+        {
+            "question": "Q?",
+            "intervention_type": "question",
+            "context": "c",
+            "target_session_id": "boss",
+        },
+    ),
+    (
+        "task help 4f2a --question Q?",
+        "POST",
+        "tasks/4f2a/help",
+        {"question": "Q?", "intervention_type": "help"},
+    ),
+    ("task plan 4f2a --plan words", "POST", "tasks/4f2a/plan", {"plan": {"summary": "words"}}),
+    ("plan submit 4f2a --plan [1]", "POST", "tasks/4f2a/plan", {"plan": [1]}),
+    (
+        'plan submit 4f2a --plan "quoted"',
+        "POST",
+        "tasks/4f2a/plan",
+        {"plan": {"summary": "quoted"}},
+    ),
+    ("plan show 4f2a", "GET", "tasks/4f2a/plan", None),
+    ("plan approve 4f2a", "POST", "tasks/4f2a/plan/approve", {}),
+    (
+        "plan approve --id 4f2a --comment c --version 2",
+        "POST",
+        "tasks/4f2a/plan/approve",
+        {"comment": "c", "version": 2},
+    ),
+    ("plan revise 4f2a --feedback f", "POST", "tasks/4f2a/plan/revise", {"feedback": "f"}),
+    (
+        "task note 4f2a --content c --urgent",
+        "POST",
+        "tasks/4f2a/notes",
+        {"content": "c", "urgent": True},
+    ),
+    ("note 4f2a c", "POST", "tasks/4f2a/notes", {"content": "c", "urgent": False}),
+    ("task notes 4f2a", "GET", "tasks/4f2a/notes", None),
+    ("intervention show #77AA", "GET", "interventions/77aa", None),
+    (
+        "intervention respond 77aa yes",
+        "POST",
+        "interventions/77aa/respond",
+        {"response": "yes"},
+    ),
+    (
+        "intervention respond 77aa --response -y",
+        "POST",
+        "interventions/77aa/respond",
+        {"response": "-y"},
+    ),
+    (
+        "task update 4f2a --clear repo timeout language --capability gpu",
+        "PATCH",
+        "tasks/4f2a",
+        {
+            "target_repo": None,
+            "timeout": None,
+            "requirements": {"capabilities": ["gpu"], "languages": []},
+        },
+    ),
     ("pipeline show p", "GET", "pipelines/p", None),
 ]
 
@@ -533,10 +673,12 @@ def test_each_command_sends_its_request_and_prints_the_answer_as_json(
 ):
     answer = {"id": T1, "ü": [None, 1.5], "tasks": []}
     hub.on(method, path, answer)
+    hub.on("GET", "servers", {"servers": [{"id": "s1", "name": "a/b"}]})
     result = run("--json", *line.split(" "))
     assert result.exit_code == 0, result.output
     assert result.stdout == json.dumps(answer, indent=2) + "\n"
-    assert [(r["method"], r["path"], r["body"]) for r in hub.requests] == [(method, path, body)]
+    sent = [(r["method"], r["path"], r["body"]) for r in hub.requests if r["path"] != "servers"]
+    assert sent == [(method, path, body)]
 
 
 @pytest.mark.parametrize(
@@ -1052,6 +1194,133 @@ def wait_for(condition):
     raise AssertionError("the condition never came true")
 
 
+FILE_OF = {
+    "name": "demo",
+    "tasks": [
+        {
+            "id": "A",
+            "title": "Schema",
+            "spec": "Write it.\nIn two lines.\n",
+            "priority": "high",
+            "requirements": {"repo": "core"},
+            "acceptance_criteria": ["one"],
+            "structured_spec": {"constraints": {"languages": ["rust"], "x": 1}, "k": {}},
+            "command": ["sh", "-c", "true"],
+            "type": "feature",
+            "auto_assign": True,
+            "timeout": 60,
+        },
+        {"id": "B", "title": "Gateway", "depends_on": [{"task": "A", "key": "k"}, "A"]},
+    ],
+}
+MADE_OF = {
+    "id": P1,
+    "name": "demo",
+    "project_id": P1,
+    "id_map": {"A": T1, "B": T2},
+    "tasks": [
+        a_task(
+            title="Schema",
+            spec="Write it.\nIn two lines.\n",
+            priority="high",
+            type="feature",
+            requirements={"repo": "core", "languages": ["rust"]},
+            target_repo="core",
+            acceptance_criteria=["one"],
+            structured_spec={"constraints": {"languages": ["rust"], "x": 1}, "k": {}},
+            command=["sh", "-c", "true"],
+            auto_assign=True,
+            profile="command",
+            max_attempts=1,
+            retry_delay_s=0.0,
+            timeout=60.0,
+        ),
+        a_task(
+            T2,
+            title="Gateway",
+            spec="Gateway",
+            profile="command",
+            dependencies=[
+                {"depends_on_task_id": T1, "dependency_type": "blocks", "contract_key": None},
+                {"depends_on_task_id": T1, "dependency_type": "input", "contract_key": "k"},
+            ],
+        ),
+    ],
+}
+
+
+@pytest.fixture
+def made_of(hub):
+    hub.on("GET", "pipelines/demo", MADE_OF)
+    hub.on("GET", f"projects/{P1}", {"id": P1, "profile": "command"})
+
+
+def test_a_pipeline_is_exported_as_a_file_that_makes_the_same(hub, run, made_of):
+    text = run("pipeline", "export", "demo").stdout
+    exported = cli.parse_document(text, "x.yaml")
+    assert exported == json.loads(run("pipeline", "export", "demo", "--json").stdout)
+    first, second = exported["tasks"]
+    assert first == {
+        "id": "A",
+        "title": "Schema",
+        "spec": "Write it.\nIn two lines.\n",
+        "priority": "high",
+        "repo": "core",
+        "acceptance_criteria": ["one"],
+        "requirements": {"languages": ["rust"]},
+        "structured_spec": {"constraints": {"x": 1}, "k": {}},
+        "command": ["sh", "-c", "true"],
+        "auto_assign": True,
+        "timeout": 60,
+    }
+    links = ["A", {"task": "A", "type": "input", "key": "k"}]
+    assert second == {"id": "B", "title": "Gateway", "depends_on": links}
+    assert "  spec: |\n      Write it.\n" in text and "command: [sh, -c, 'true']" in text
+
+
+def test_a_file_is_compared_with_what_is_in_the_hub(hub, run, made_of):
+    Path("p.yaml").write_text(yaml.safe_dump(FILE_OF))
+    assert run("pipeline", "diff", "p.yaml", "--exit-code").exit_code == 0
+    assert json.loads(run("pipeline", "diff", "p.yaml", "--json").stdout)["same"] is True
+    first, second = FILE_OF["tasks"]
+    other = {"tasks": [first | {"priority": "low", "repo": "core"}, second | {"id": "C"}]}
+    Path("q.yaml").write_text(yaml.safe_dump(other))
+    result = run("pipeline", "diff", "q.yaml", "demo")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "+ C  Gateway",
+        "- B  Gateway",
+        "~ A",
+        "    priority: high → low",
+    ]
+    assert run("pipeline", "diff", "q.yaml", "demo", "--exit-code").exit_code == 1
+    assert not hub.sent("POST")
+
+
+def test_the_older_form_of_a_pipeline_is_brought_into_ours(hub, run):
+    hub.on("POST", "pipelines", {"id": P1, "name": "p", "tasks": []}, 201)
+    older = {
+        "tasks": [
+            {"title": "One", "spec": "s"},
+            {"id": "two", "title": "Two", "depends_on": [0]},
+            {"title": "Three", "depends_on": "two"},
+            {"title": "Four", "depends_on": ["task-0", "1", {"task": "two", "type": "related"}]},
+        ]
+    }
+    Path("older.json").write_text(json.dumps(older))
+    assert run("pipeline", "create", "--file", "older.json").exit_code == 0
+    assert run("pipeline", "create", "--inline", json.dumps(older)).exit_code == 0
+    file, inline = (r["body"] for r in hub.requests)
+    assert (file["name"], inline["name"]) == ("older", "pipeline")
+    assert file["tasks"] == inline["tasks"]
+    assert [(one["id"], one.get("depends_on")) for one in file["tasks"]] == [
+        ("task-0", None),
+        ("two", ["task-0"]),
+        ("task-2", ["two"]),
+        ("task-3", ["task-0", "two", {"task": "two", "type": "related"}]),
+    ]
+
+
 # --- waiting ----------------------------------------------------------------------------------
 
 
@@ -1129,28 +1398,303 @@ def test_a_refused_stream_is_a_refusal(hub, run):
 # --- events, identity -------------------------------------------------------------------------
 
 
-def test_events_show_the_newest_of_all_pages(hub, run):
-    def page(request, handler):
-        after = int(request["query"].get("after", 0))
-        found = [{"id": n, "type": f"e{n}"} for n in range(after + 1, min(after + 3, 8))]
-        return 200, {"events": found, "next_cursor": found[-1]["id"] if found else None}
+def test_events_show_the_newest_page_in_one_request(hub, run):
+    found = {"events": [{"id": 6, "type": "a"}, {"id": 7}], "next_cursor": None, "prev_cursor": 6}
+    hub.on("GET", "events", found)
+    assert json.loads(run("events", "--limit", 3, "--json").stdout) == found
+    assert hub.requests[0]["query"] == {"limit": "3", "tail": "1"}
+    assert "older: --before 6" in run("events", "--before", 8).stdout
+    assert hub.requests[1]["query"] == {"limit": "50", "tail": "1", "before": "8"}
+    run("events", "--after", 8)
+    assert hub.requests[2]["query"] == {"limit": "50", "after": "8"}
 
-    hub.on("GET", "events", page)
-    found = json.loads(run("events", "--limit", 3, "--json").stdout)["events"]
-    assert [event["id"] for event in found] == [5, 6, 7]
+
+def test_following_events_begins_with_the_newest_and_misses_none(hub, run):
+    hub.on("GET", "events", {"events": [{"id": 6, "type": "a"}], "next_cursor": None})
+    stop = frame(8, "task_done") + b"id: 9\ndata: {}\n\n"
+    hub.streams([frame(7, "task_started")], [stop])
+    command = [sys.executable, str(ROOT / "cli.py"), "events", "--follow", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        lines = [json.loads(process.stdout.readline())["id"] for _ in range(3)]
+        process.kill()
+    assert lines == [6, 7, 8]
+    streams = [r for r in hub.requests if r["path"] == "events/stream"]
+    assert [r["headers"].get("Last-Event-ID") for r in streams] == ["6", "7"]
 
 
 def test_status_of_a_session_shows_its_task(hub, run):
-    hub.on("GET", "auth/me", {"kind": "session", "name": "w", "task_id": T1})
-    hub.on("GET", f"tasks/{T1}", a_task(status="running"))
+    hub.on("GET", "auth/me", {"kind": "session", "name": "w", "role": "worker", "task_id": T1})
+    hub.on("GET", "status", {"connected": True, "server_name": "dev", "role": "worker"})
+    hub.on("GET", "tasks/check", {"count": 1, "tasks": [a_task(status="running")]})
+    hub.on("GET", "interventions", [])
     found = json.loads(run("status", "--json").stdout)
-    assert found["connected"] is True
+    assert (found["connected"], found["server_name"]) == (True, "dev")
     assert found["tasks"] == [a_task(status="running")]
     assert found["task_summary"]["running"] == found["task_summary"]["total"] == 1
     assert json.loads(run("task", "check", "--json").stdout)["count"] == 1
 
 
-def test_status_of_a_server_shows_what_is_assigned_to_it(hub, run):
-    hub.on("GET", "auth/me", {"kind": "server", "name": "dev"})
-    hub.on("GET", "servers/tasks/poll", {"tasks": [a_task()]})
+def test_status_of_a_server_shows_what_is_assigned_to_it(hub, run, monkeypatch):
+    monkeypatch.setenv("ORCHESTRATIA_SESSION_ID", "s1")
+    hub.on("GET", "auth/me", {"kind": "server", "name": "dev", "role": "server"})
+    hub.on("GET", "status", {})
+    hub.on("GET", "tasks/check", {"count": 1, "tasks": [a_task()]})
+    hub.on("GET", "interventions", [an_intervention()])
+    shown = run("status").stdout
+    assert "A title" in shown and "JWT or cookies?" in shown
+    [check] = [r for r in hub.requests if r["path"] == "tasks/check"]
+    assert check["query"] == {"session_id": "s1"}
+
+
+@pytest.mark.parametrize(
+    "me", [{"kind": "user", "name": "ada"}, {"kind": "session", "role": "orchestrator"}]
+)
+def test_status_of_who_looks_after_all_shows_all_that_is_in_progress(hub, run, me):
+    hub.on("GET", "auth/me", me)
+    hub.on("GET", "status", {})
+    hub.on("GET", "tasks", {"tasks": [a_task(status="running")]})
+    hub.on("GET", "interventions", [])
     assert "A title" in run("status").stdout
+    [asked] = [r for r in hub.requests if r["path"] == "tasks"]
+    assert set(asked["query"]["status"].split(",")) == set(cli.ACTIVE)
+
+
+# --- questions, plans -------------------------------------------------------------------------
+
+
+def an_intervention(**fields):
+    return {
+        "id": "77aa0000-0000-4000-8000-000000000004",
+        "intervention_id": "77aa0000-0000-4000-8000-000000000004",
+        "status": "pending",
+        "task_id": T1,
+        "question": "JWT or cookies?",
+    } | fields
+
+
+@pytest.fixture
+def asking(hub):
+    """A hub where a question was asked, and is answered once its state is changed."""
+    asked = an_intervention()
+    hub.on("POST", "tasks/4f2a/help", lambda *_: (201, asked))
+    hub.on("GET", "interventions/77aa", lambda *_: (200, asked))
+    hub.on("GET", f"interventions/{asked['id']}", lambda *_: (200, asked))
+    return asked
+
+
+HELP = ("task", "help", "4f2a", "--question", "JWT or cookies?", "--wait")
+
+
+@pytest.mark.parametrize("args", [HELP, ("intervention", "show", "77aa", "--wait")])
+def test_waiting_for_an_answer_prints_the_answer_alone(hub, run, asking, args):
+    def answered():
+        asking.update(status="responded", response="Use JWT\nwith refresh")
+        return frame(2, "intervention_responded")
+
+    hub.streams([frame(1, "task_started", T2), answered])
+    result = run(*args)
+    assert (result.exit_code, result.stdout) == (0, "Use JWT\nwith refresh\n")
+    assert hub.requests[0]["path"] == "events/stream"  # before it asks
+    hub.streams([])
+    assert json.loads(run(*args, "--json").stdout) == asking
+
+
+def test_waiting_for_an_answer_ends_when_time_is_up_and_says_how_to_go_on(hub, run, asking):
+    hub.streams([])
+    result = run(*HELP, "--timeout", "0.1s")
+    assert result.exit_code == 4
+    assert f"intervention show {asking['id']} --wait" in result.stderr
+    hub.streams([])
+    assert json.loads(run(*HELP, "--timeout", "0.1s", "--json").stdout)["code"] == "timeout"
+
+
+def test_a_question_that_is_closed_is_not_waited_for(hub, run, asking):
+    hub.streams([])
+    asking.update(status="closed", closed_why="cancel")
+    result = run(*HELP)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "its task was cancelled" in result.stderr
+
+
+def test_waiting_survives_the_loss_of_the_hub(hub, run, asking):
+    def answered():
+        asking.update(status="responded", response="yes")
+        return frame(9, "intervention_responded")
+
+    hub.streams([frame(7, "task_note_added")], [answered])
+    result = run(*HELP)
+    assert (result.exit_code, result.stdout) == (0, "yes\n")
+
+
+@pytest.mark.parametrize(
+    ("status", "feedback", "code", "said"),
+    [
+        ("approved", None, 0, "Approved\n"),
+        ("approved", "mind the gap", 0, "Approved: mind the gap\n"),
+        ("revised", "other way round", 1, "sent back: other way round"),
+        ("replaced", None, 1, "replaced by a newer one"),
+        ("closed", None, 1, "closed with its attempt"),
+    ],
+)
+def test_waiting_for_a_decision_on_a_plan(hub, run, status, feedback, code, said):
+    plans = [{"version": 1, "status": "revised"}, {"version": 2, "status": "pending"}]
+    hub.on("POST", "tasks/4f2a/plan", a_task(status="plan_review"))
+    hub.on("GET", f"tasks/{T1}/plan", lambda *_: (200, {"plans": plans}))
+
+    def decided():
+        plans[1] |= {"status": status, "feedback": feedback}
+        return frame(1, "task_plan_approved")
+
+    hub.streams([decided])
+    result = run("plan", "submit", "4f2a", "--plan", "do it", "--wait")
+    assert result.exit_code == code
+    assert said in (result.stdout if code == 0 else result.stderr)
+
+
+def test_a_plan_that_is_not_decided_on_in_time_is_exit_4(hub, run):
+    hub.on("POST", "tasks/4f2a/plan", a_task(status="plan_review"))
+    hub.on("GET", f"tasks/{T1}/plan", {"plans": [{"version": 1, "status": "pending"}]})
+    hub.streams([])
+    result = run("task", "plan", "4f2a", "--plan", "x", "--wait", "--timeout", "0.1s")
+    assert (result.exit_code, f"plan show {T1}" in result.stderr) == (4, True)
+
+
+def test_the_newest_plan_is_shown_whole(hub, run):
+    plans = [
+        {"version": 1, "status": "revised", "plan": {"summary": "one"}, "feedback": "no"},
+        {"version": 2, "status": "pending", "plan": {"steps": ["a", "b"], "summary": "two\x1b[2J"}},
+    ]
+    hub.on("GET", "tasks/4f2a/plan", {"plans": plans})
+    shown = run("plan", "show", "4f2a").stdout
+    assert "Version 2: pending" in shown and "steps: [a, b]" in shown and "\x1b" not in shown
+    assert shown.index("two") < shown.index("one") < shown.index("no")
+    hub.on("GET", "tasks/4f2a/plan", {"plans": []})
+    assert "No plan" in run("plan", "show", "4f2a").stdout
+
+
+def test_open_questions_stand_in_the_view_of_their_task(hub, run):
+    hub.on("GET", "tasks/4f2a", a_task(status="needs_human"))
+    hub.on("GET", "interventions", [an_intervention()])
+    assert "JWT or cookies?" in run("task", "view", "4f2a").stdout
+    assert hub.requests[-1]["query"] == {"task_id": T1, "status": "pending"}
+    assert json.loads(run("task", "view", "4f2a", "--json").stdout) == a_task(status="needs_human")
+
+
+def test_interventions_are_listed_with_their_answers(hub, run):
+    hub.on("GET", "interventions", [an_intervention(status="responded", response="JWT")])
+    shown = run("intervention", "list", "--task-id", "#4F2A", "--status", "responded").stdout
+    assert "JWT or cookies?  JWT" in shown
+    assert hub.requests[0]["query"] == {"task_id": "4f2a", "status": "responded"}
+
+
+def test_notes_are_read_oldest_first(hub, run):
+    notes = [
+        {"content": "one\x1b[2J", "author": "ada", "created_at": "2026-01-01T00:00:00Z"},
+        {"content": "two", "author": None, "urgent": True, "created_at": None},
+    ]
+    hub.on("GET", "tasks/4f2a/notes", notes)
+    shown = run("task", "notes", "4f2a").stdout
+    assert "ada  one\n" in shown and "urgent: two" in shown and "\x1b" not in shown
+
+
+# --- users, projects --------------------------------------------------------------------------
+
+
+def test_a_user_is_made_with_roles_and_a_password_from_standard_input(hub, run):
+    hub.on("POST", "users", {"username": "ada", "projects": [{"name": "shop", "role": "admin"}]})
+    args = ("user", "create", "ada", "--role", "shop=admin", "--role", "lab=none")
+    result = run(*args, "--password-stdin", stdin=b"pass word \n")
+    assert result.exit_code == 0 and "admin of shop" in result.stdout
+    assert hub.requests[0]["body"] == {
+        "username": "ada",
+        "is_admin": False,
+        "roles": {"shop": "admin"},
+        "password": "pass word ",
+    }
+
+
+def test_changing_a_role_leaves_the_others(hub, run):
+    hub.on("GET", "users/ada", {"username": "ada", "roles": {"p1": "viewer", "p2": "viewer"}})
+    for name, ident in (("shop", "p1"), ("lab", "p2"), ("new", "p3")):
+        hub.on("GET", f"projects/{name}", {"id": ident})
+    hub.on("PATCH", "users/ada", {"username": "ada"})
+    run("user", "update", "ada", "--role", "lab=none", "--role", "new=operator")
+    assert hub.sent("PATCH")[0]["body"] == {"roles": {"p1": "viewer", "p3": "operator"}}
+
+
+def test_the_chosen_project_is_remembered(hub, run, monkeypatch):
+    cli.save_config({"hub_url": hub.url, "token": "T"})
+    hub.on("GET", "projects/shop", {"id": P1, "name": "shop"})
+    hub.on("GET", "tasks", {"tasks": []})
+    assert "Using project shop" in run("project", "use", "shop").stdout
+    assert saved() == {"hub_url": hub.url, "token": "T", "project": P1}
+    run("task", "list")
+    assert hub.requests[-1]["query"] == {"project_id": P1}
+    assert run("project", "use", "--none").exit_code == 0
+    assert saved() == {"hub_url": hub.url, "token": "T"}
+
+
+# --- pages, completion ------------------------------------------------------------------------
+
+
+def test_open_prints_the_address_of_the_page(hub, run, monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+    hub.on("GET", "tasks/4f2a", a_task())
+    hub.on("GET", "sessions/w", {"id": "s1"})
+    assert run("open").stdout == f"{hub.url}\n"
+    assert run("open", "task", "4f2a").stdout == f"{hub.url}/tasks/{T1}\n"
+    assert run("open", "session", "w").stdout == f"{hub.url}/sessions/s1\n"
+    found = json.loads(run("open", "pipelines", "--json").stdout)
+    assert found == {"url": f"{hub.url}/pipelines", "opened": False}
+
+
+def test_open_starts_the_browser_there_is(hub, run, monkeypatch, tmp_path):
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > "{tmp_path}/seen"\n')
+    browser.chmod(0o700)
+    env = {**os.environ, "BROWSER": str(browser)}
+    command = [sys.executable, str(ROOT / "cli.py"), "open", "events", "--json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert json.loads(done.stdout) == {"url": f"{hub.url}/events", "opened": True}
+    assert (tmp_path / "seen").read_text() == f"{hub.url}/events"
+
+
+def complete(*words, shell="bash"):
+    env = {
+        **os.environ,
+        "_ORCHESTRATIA_COMPLETE": f"{shell}_complete",
+        "COMP_WORDS": " ".join(("orchestratia", *words)),
+        "COMP_CWORD": str(len(words)),
+    }
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py")], env=env, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
+
+
+def test_the_shell_completes_commands_names_and_ids(hub, run):
+    hub.on("GET", "servers", {"servers": [{"name": "dev-a"}, {"name": "dev-b"}, {"name": "x"}]})
+    hub.on("GET", "tasks", {"tasks": [a_task(), a_task(T2)]})
+    assert "pipeline" in complete("pip")
+    assert complete("server", "show", "dev") == ["dev-a", "dev-b"]
+    assert complete("session", "start", "x") == ["x"]
+    assert complete("task", "view", "4f") == [T1]
+    assert complete("task", "view", "--id", "") == [T1, T2]
+
+
+def test_completion_never_speaks_into_the_line(run, monkeypatch):
+    monkeypatch.setenv("ORCHESTRATIA_HUB_URL", "http://127.0.0.1:1")
+    assert complete("server", "show", "d") == []
+    monkeypatch.delenv("ORCHESTRATIA_HUB_URL")
+    assert complete("task", "view", "d") == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_has_its_completion(run, shell):
+    made = run("completion", shell).stdout
+    assert f"_ORCHESTRATIA_COMPLETE={shell}_complete" in made
+    check = {"bash": ["bash", "-n"], "zsh": ["zsh", "-n"], "fish": ["fish", "-n"]}[shell]
+    if shutil.which(check[0]):
+        subprocess.run([*check, "/dev/stdin"], input=made, text=True, check=True)

@@ -111,6 +111,7 @@ ROUTES = {
     "GET events/stream": SIGNED_IN,
 }
 PUBLIC = {"GET health", "POST auth/login", "POST servers/register"}
+INSTALLING = {"/install.sh", "/install/<any('agent.py', 'cli.py'):name>"}  # open to all too
 BODIES = {
     "POST projects": {"name": "new"},
     "PATCH projects/<ref>": {"settings": {}},
@@ -297,6 +298,26 @@ def test_only_the_public_routes_answer_without_a_credential(app, scene, client):
     )
 
 
+def test_what_is_installed_from_here_is_open_to_all_holds_no_secret_and_changes_nothing(
+    app, scene, client
+):
+    assert {r.rule for r in app.url_map.iter_rules() if r.rule.startswith("/install")} == INSTALLING
+    before = dump()
+    secrets = [auth._secret.hex(), scene.callers["server"].headers["X-API-Key"]]
+    for path in ("/install.sh", "/install/agent.py", "/install/cli.py"):
+        answer = client.flask.get(path)
+        assert (answer.status_code, answer.headers["Cache-Control"]) == (200, "no-store"), path
+        assert not [secret for secret in secrets if secret in answer.text]
+        assert "orcreg_" not in answer.text.replace("orcreg_*", "").replace("orcreg_.", "") or (
+            path != "/install.sh"
+        )
+        for method in ("POST", "PUT", "PATCH", "DELETE"):
+            assert client.flask.open(path, method=method).status_code == 405
+    for path in ("/install/hub.py", "/install/../hub.py", "/install/%2e%2e/secret", "/install/"):
+        assert client.flask.get(path).status_code == 404, path
+    assert dump() == before
+
+
 def test_reading_never_changes_anything(app, scene):
     before, said = dump(), models.rows("SELECT * FROM token")
     for name, rule in sorted(api_routes(app)):
@@ -314,7 +335,7 @@ def test_reading_never_changes_anything(app, scene):
 
 
 def test_no_page_is_shown_to_who_is_not_signed_in(app, scene, client):
-    open_to_all = {"/login", "/static/<path:filename>", "/openapi.json"}
+    open_to_all = {"/login", "/static/<path:filename>", "/openapi.json", *INSTALLING}
     for rule in app.url_map.iter_rules():
         if rule.rule.startswith("/api") or rule.rule in open_to_all or rule.websocket:
             continue
