@@ -1104,5 +1104,7 @@ def _stream(who: auth.Caller, after: int | None):
 
 
 def _sse(event: Event) -> bytes:
-    text = f"id: {event['id']}\nevent: {event['type']}\ndata: {json.dumps(event)}\n\n"
-    return text.encode()
+    """The event under each of its names."""
+    data = json.dumps(event)
+    names = [event["type"], *filter(None, [feed.ALSO.get(event["type"])])]
+    return "".join(f"id: {event['id']}\nevent: {name}\ndata: {data}\n\n" for name in names).encode()

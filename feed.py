@@ -4,6 +4,8 @@ import auth
 import reading
 from models import Event, Unauthorised, bus
 
+# An event that others look for under a second name too.
+ALSO = {"task_needs_human": "intervention_requested"}
 BEAT_S = 15.0  # a stream that says nothing never notices that its reader has gone
 
 

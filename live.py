@@ -120,8 +120,6 @@ def _show(connection: Wire, watcher: Watcher) -> None:
 
 # ── the dashboard ─────────────────────────────────────────────────────────────────────────────
 
-# An event that others look for under a second name too.
-ALSO = {"task_needs_human": "intervention_requested"}
 KINDS = ("task", "session", "server")
 
 
@@ -194,7 +192,7 @@ def _written(event: Event) -> bytes:
     """The message (or two) that tell of an event."""
     said = {"event": event["type"], **{k: v for k, v in event.items() if k != "type"}}
     frames = text_frame(json.dumps({"type": _kind(event), **said}).encode())
-    also = ALSO.get(event["type"])
+    also = feed.ALSO.get(event["type"])
     if also:
         frames += text_frame(json.dumps({"type": also, **said, "event": also}).encode())
     return frames

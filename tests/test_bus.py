@@ -79,3 +79,43 @@ def test_many_writers_and_readers_lose_nothing(bus):
         for n in range(4):
             assert [i for w, i in got if w == n] == list(range(count))
         reader.close()
+
+
+class Large:
+    size = 400
+
+
+def test_a_slow_reader_holds_no_more_than_its_bytes(bus):
+    with bus.subscribe("a", limit_bytes=1000) as reader:
+        sent = [Large() for _ in range(5)]
+        for message in sent:
+            bus.publish("a", message)
+        assert reader.drain() == sent[-2:]
+        assert reader.lost == 3
+
+
+def test_one_message_larger_than_the_limit_still_tells_the_reader_to_look(bus):
+    with bus.subscribe("a", limit_bytes=100) as reader:
+        for message in (first := Large(), last := Large()):
+            bus.publish("a", message)
+        assert first is not last
+        assert reader.drain() == [last]
+
+
+def test_whoever_publishes_hears_whether_anybody_took_it(bus):
+    class Full:
+        topics = ("a",)
+
+        def put(self, _message) -> bool:
+            return False
+
+        def close(self) -> None:
+            pass
+
+    assert not bus.publish("a", 1)
+    bus.add(full := Full())
+    assert not bus.publish("a", 1)
+    with bus.subscribe("a"):
+        assert bus.publish("a", 1)
+    bus.drop(full)
+    assert not bus.heard("a")

@@ -1,11 +1,20 @@
 """What is promised on paper is so."""
 
 import re
+import shlex
+import sys
 from pathlib import Path
 
+import click
+import pytest
+
+import cli
 import hub
 
 ROOT = Path(hub.__file__).parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import reference  # noqa: E402
 
 
 def test_every_setting_stands_in_the_readme_with_its_default_and_help():
@@ -20,3 +29,31 @@ def test_every_pinned_dependency_has_its_reason():
     assert pinned
     for name, version in pinned:
         assert re.search(rf"^\| {name} \| {re.escape(version)} \| \S.+ \|$", reasons, re.M), name
+
+
+def test_the_reference_of_the_command_line_is_what_its_help_says():
+    """`python scripts/reference.py` writes it anew."""
+    assert (ROOT / "docs/cli.md").read_text() == reference.reference()
+
+
+def typed_lines():
+    """(where, line) of every command line in the README, the documents and the help."""
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text().replace("\\\n", " ")
+        for block in re.findall(r"^```(?:sh)?\n(.*?)^```$", text, re.M | re.S):
+            for line in block.splitlines():
+                if found := re.match(r" *(?:.*\| )?(orchestratia .*)$", line):
+                    yield path.name, found[1]
+
+
+@pytest.mark.parametrize(("where", "line"), sorted(set(typed_lines())))
+def test_every_command_line_shown_can_be_typed(where, line, monkeypatch):
+    """Command, arguments and options exist; nothing is carried out."""
+    monkeypatch.setenv("ORCHESTRATIA_TASK_ID", "4f2a")
+    words = shlex.split(line.partition(" | ")[0].partition(" > ")[0], comments=True)[1:]
+    command, context = cli.cli, click.Context(cli.cli)
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        name, command, words = command.resolve_command(context, words)
+        context = click.Context(command, context, info_name=name)
+    assert not isinstance(command, click.Group), line
+    command.make_context(context.info_name, list(words), context.parent)

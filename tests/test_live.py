@@ -473,6 +473,20 @@ def test_a_task_that_needs_somebody_is_told_under_both_names(world, follow):
     assert first["id"] == second["id"] and second["task_id"] == world.ids["A"]
 
 
+def test_the_stream_tells_it_under_both_names_too(world, admin):
+    world.task("A")
+    with models.transaction() as tx:
+        tx.emit("task_needs_human", world.row("A")["project_id"], "x", {}, task=world.ids["A"])
+    answer = admin.get(f"events/stream?after={world.now() - 1}", buffered=False)
+    text = ""
+    for piece in answer.response:
+        text += piece.decode() if isinstance(piece, bytes) else piece
+        if "intervention_requested" in text:
+            break
+    answer.close()
+    assert text.index("event: task_needs_human") < text.index("event: intervention_requested")
+
+
 def test_the_dashboard_resumes_anywhere_and_says_when_ids_began_anew(world, follow):
     world.task("A")
     dashboard = follow(after=0)

@@ -175,6 +175,7 @@ def test_a_session_that_ends_says_how_and_keeps_its_last_screen(run, open_browse
     one.until_shows(r"[$#] ")
     one.enter("echo goodbye; exit 3")
     one.until_stands("ended with exit code 3")
+    one.until_shows("goodbye\n")
     one.type("x")
     expect(one.said()).to_contain_text("the session is over")
     late = Terminal(open_browser())
