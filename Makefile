@@ -31,7 +31,7 @@ demo: $(VENV)/run
 
 test: $(VENV)/dev check
 	@scripts/need.sh tmux=tmux git=git chromium=chromium
-	$(PY) -m pytest -n 4 --dist worksteal
+	$(PY) -m pytest -n 3 --dist worksteal
 
 check: $(VENV)/dev
 	$(PY) -m ruff check .

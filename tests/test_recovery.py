@@ -16,7 +16,7 @@ from websockets.sync.client import connect
 
 from conftest import wait_until
 
-FAST = {"tick_s": 0.2, "due_s": 0.2, "offline_after_s": 2, "grace_s": 0.6}
+FAST = {"tick_s": 0.2, "due_s": 0.2, "heartbeat_s": 0.5, "offline_after_s": 4, "grace_s": 0.6}
 LINES = 104_858  # of 100 bytes: 10 MB
 PACE_S = 0.015  # after every 100 lines, so that there is time for many deaths
 

@@ -8,7 +8,7 @@ from playwright.sync_api import expect
 
 from conftest import PASSWORD, wait_until
 
-FAST = {"tick_s": 0.2, "due_s": 0.2, "heartbeat_s": 0.5, "offline_after_s": 2, "grace_s": 0.5}
+FAST = {"tick_s": 0.2, "due_s": 0.2, "heartbeat_s": 0.5, "offline_after_s": 4, "grace_s": 0.5}
 pytestmark = pytest.mark.hub(**FAST)
 
 
