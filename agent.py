@@ -769,7 +769,7 @@ class Live:
         """Add to a view. The first bytes after a pause wake the carrier at once; of a flood it
         is told together: returns when, or None."""
         with self._lock:
-            if not data or not self._is_shown(stream):
+            if not data or stream.closed or not self._is_shown(stream):
                 return None
             stream.data += data
             if now - stream.since > LIVE_PAUSE_S:
@@ -1038,8 +1038,8 @@ class View(Pty):
             self._client.send_signal(signal.SIGWINCH)
 
     def end(self):
+        self.ptys.live.close(self.stream)  # first: tmux clears the screen of a client that goes
         self._end_client()
-        self.ptys.live.close(self.stream)
         self.ptys.call(self.ptys.drop, self)
 
     def _end_client(self):
@@ -3349,7 +3349,7 @@ class SocketCarrier:
 
         self._reached = True
         tune(sock, 2 * self.settings.socket_ping_s)
-        return ClientConnection(sock, protocol, **options)
+        return ClientConnection(EndsAtOnce(sock), protocol, **options)
 
     def _kind_of(self, error):
         """A proxy that is in the way must be told from a hub that is not there."""
@@ -3411,6 +3411,24 @@ class SocketCarrier:
     def _send(self, *frames):
         for frame in frames:
             self._ws.send(json.dumps(frame))
+
+
+class EndsAtOnce:
+    """A connected socket that lets go of a send that is stuck when the other side has closed:
+    nothing will be taken any more, but the kernel would go on trying."""
+
+    def __init__(self, sock):
+        self._sock = sock
+
+    def __getattr__(self, name):
+        return getattr(self._sock, name)
+
+    def recv(self, size):
+        data = self._sock.recv(size)
+        if not data:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+        return data
 
 
 def tune(sock, patience_s):
@@ -3763,11 +3781,20 @@ def run(args):
     return 0
 
 
+def signal_pipe(*numbers):
+    """A descriptor that can be read once one of these signals has come. Waiting on a lock instead
+    misses one that comes just before the wait, until the next."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+    return reader
+
+
 def serve(config, state_dir):
     stop = threading.Event()
-    asked_to_stop = queue.SimpleQueue()  # its put() is safe in a signal handler, unlike Event.set
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked_to_stop.put(True))
+    asked_to_stop = signal_pipe(signal.SIGTERM, signal.SIGINT)
     hub = Hub(config["hub_url"], config["api_key"])
     agent = Agent(config, state_dir, settings_of(config), stop)
     agent.recover()
@@ -3779,7 +3806,7 @@ def serve(config, state_dir):
     )
     for step in steps:
         Loop(step, stop).start()
-    asked_to_stop.get()
+    os.read(asked_to_stop, 1)
     stop.set()
     line.end()
     log.info("stopped; sessions in tmux go on")

@@ -2207,8 +2207,8 @@ def server_declare(app, name, repo, language, framework, capability, slots, manu
 
 TO_TYPE = {
     "script": "Installs everything on the new server, registers and starts it",
-    "register": "Or by hand, with agent.py there: registers it",
-    "run": "and runs its agent",
+    "register": "Or by hand, with agent.py: registers it",
+    "run": "Runs its agent",
 }
 
 
@@ -2962,7 +2962,8 @@ class Attachment:
     def _absent(self):
         """A sentence when the session goes on where the hub cannot reach it."""
         is_there = self.state.get("status") not in ("disconnected", "lost")
-        if is_there and self.state.get("server_online", True):
+        reached = ("server_online", "connected")
+        if is_there and all(self.state.get(name, True) for name in reached):
             return ""
         server = one_line(self.state.get("server_name") or "Its server")
         return f"{server} is away: nothing can be typed until it is back."

@@ -298,6 +298,7 @@ class Watcher:
                 "role": session["role"],
                 "server_name": server["name"],
                 "server_online": bool(server["online"]),
+                "connected": bus.heard(f"server:{session['server_id']}"),
                 "terminal": session["terminal"],
                 "may_type": auth.can(self.caller, "session.type", session["project_id"]),
             },
@@ -529,6 +530,7 @@ class Streams:
             streams = [s for s in self._streams.values() if s.server_id == server_id]
         for stream in streams:
             stream.tear()
+            stream.put("look")
 
     def sweep(self, now: float) -> None:
         """Let go of what nobody watches any more, and ask again for repaints that did not come."""

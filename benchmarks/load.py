@@ -493,12 +493,14 @@ def _echo(terminal: Socket | Local, key: int) -> float:
 def idle(place: Place, count: int) -> Iterator:
     """Connect so many agents; then have all tell that they live, at one moment: (when, how long
     until they were handled). Of those that ask for an answer behind it, the last is the last."""
-    peers = [place.agent(n) for n in range(count)]
-    poll = select.epoll()
-    for peer in peers:
+    poll, by_fd = select.epoll(), {}
+    for n in range(count):
+        peer = place.agent(n)
         poll.register(peer.fileno(), select.EPOLLIN)
-    by_fd = {peer.fileno(): peer for peer in peers}
-    turn = 0
+        by_fd[peer.fileno()] = peer
+        for fd, _ in poll.poll(0):  # pings, while others are still connecting
+            by_fd[fd].come()
+    peers, turn = list(by_fd.values()), 0
     yield
     while True:
         turn += 1

@@ -118,8 +118,9 @@ class Hub:
         self.scratch = scratch
         with Alone(prepare, str(scratch / "hub"), servers, with_sessions) as preparing:
             known = preparing.step().value
-        # tmux leaves its socket behind: here it goes with the directory
-        env = clean_env(HOME=str(scratch), TMUX_TMPDIR=str(scratch))
+        # tmux leaves its socket behind; its path must be a short one
+        self.tmux_sockets = tempfile.mkdtemp(prefix="orc-")
+        env = clean_env(HOME=str(scratch), TMUX_TMPDIR=self.tmux_sockets)
         self.processes = Processes(scratch, env)
         self.tmux: list[str] = []
         password = secrets.token_urlsafe(12)
@@ -168,6 +169,7 @@ class Hub:
         self.processes.stop()
         if self.tmux:
             subprocess.run([*self.tmux, "kill-server"], env=self.processes.env, capture_output=True)
+        shutil.rmtree(self.tmux_sockets, ignore_errors=True)
 
 
 class Bare:
@@ -242,7 +244,14 @@ def typing(hub: Hub, size: Size) -> list[tuple[str, str, dict]]:
     while others print: [(when, where, numbers)]."""
     hub.start_agent()
     far, near = hub.open_session(), hub.open_session()
-    attach = ["env", f"TMUX_TMPDIR={hub.scratch}", *hub.tmux, "attach", "-t", near["tmux_name"]]
+    attach = [
+        "env",
+        f"TMUX_TMPDIR={hub.tmux_sockets}",
+        *hub.tmux,
+        "attach",
+        "-t",
+        near["tmux_name"],
+    ]
     found = []
     with (
         Alone(load.typing_there, hub.place, far["id"]) as there,

@@ -184,13 +184,17 @@ register() {
     fi
 }
 
+in_unit() { printf '%s' "$1" | sed 's/[\\"]/\\&/g; s/%/%%/g'; }
+
 write_unit() {
-    program=$(printf '%s' "$home/bin/orchestratia-agent" | sed 's/[\\"]/\\&/g; s/%/%%/g; s/\$/$$/g')
+    program=$(in_unit "$home/bin/orchestratia-agent" | sed 's/\$/$$/g')
     cat >"$home/orchestratia-agent.service" <<END
 [Unit]
 Description=Orchestratia agent
 
 [Service]
+# as it was where this was installed: there the coding agents are found
+Environment="PATH=$(in_unit "$PATH")"
 ExecStartPre="$program" --stop
 ExecStart="$program" --quiet
 Restart=on-failure

@@ -1,7 +1,6 @@
 """Writes docs/cli.md: every command of the command line with its options, as its help says it."""
 
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -41,11 +40,13 @@ def leaves(group, words):
 def help_of(words, command):
     """What `--help` prints, without the options that every command has."""
     context = click.Context(
-        command, info_name=" ".join(words), terminal_width=WIDTH, max_content_width=WIDTH
+        command,
+        info_name=" ".join(words),
+        terminal_width=WIDTH,
+        max_content_width=WIDTH,
+        help_option_names=[],
     )
     before, _, after = command.get_help(context).partition("\n\nOptions of all commands:")
-    before = re.sub(r"\n +--help  +Show this message and exit\.$", "", before)
-    before = before.removesuffix("\n\nOptions:")
     return before + ("\n\nExample:" + after.partition("Example:")[2] if "Example:" in after else "")
 
 

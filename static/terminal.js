@@ -182,7 +182,7 @@ const MOUSE = /^\x1b\[[M<]/;
 const CONTROLS = /[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]/g;
 
 const mayType = () => Boolean(session?.may_type) && !over;
-const isReachable = () => Boolean(session?.server_online) && REACHABLE.has(session.status);
+const isReachable = () => Boolean(session?.server_online && session.connected) && REACHABLE.has(session.status);
 
 function whyNot() {
   if (over) return "Nothing was typed: the session is over.";
@@ -357,7 +357,7 @@ function standing() {
   if (session.status === "starting") return ["connecting", `starting${readOnly}`];
   if (session.status === "lost") return ["away", `lost${session.reason ? `: ${session.reason}` : ""}`];
   if (!session.server_online) return ["away", `disconnected: ${session.server_name} is offline`];
-  if (session.status === "disconnected") return ["away", `disconnected from ${session.server_name}`];
+  if (session.status === "disconnected" || !session.connected) return ["away", `disconnected from ${session.server_name}`];
   return ["live", `live${readOnly}`];
 }
 

@@ -655,7 +655,8 @@ class AgentProcess:
 
 
 def clean_env(home: Path, **more: str) -> dict:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("ORCHESTRATIA_")}
+    ours = ("ORCHESTRATIA_", "PS1")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return kept | {"HOME": str(home), "NO_PROXY": "127.0.0.1"} | more
 
 

@@ -141,20 +141,15 @@ def test_it_installs_registers_and_starts_and_run_again_it_upgrades(shop, machin
     assert [path.name for path in machine.base.glob("new.*")] == []
 
 
-def reachable():
+def reachable(folder):
     """Whether pip gets packages here at all."""
-    name = install._pinned()[0]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-    done = subprocess.run([*command, os.devnull + "-none", "--dry-run", name], capture_output=True)
-    if done.returncode == 2:  # no such option: an older pip
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps"]
-        done = subprocess.run([*command, "--ignore-installed", name], capture_output=True)
-    return done.returncode == 0
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+    return subprocess.run([*command, install._pinned()[0]], capture_output=True).returncode == 0
 
 
 @pytest.mark.hub(**FAST)
-def test_it_makes_a_python_environment_of_its_own(shop, machine):
-    if not reachable():
+def test_it_makes_a_python_environment_of_its_own(shop, machine, tmp_path):
+    if not reachable(tmp_path / "packages"):
         pytest.skip("pip finds no packages here")
     path = f"{only(machine.home / 'tools', 'python3')}:{os.environ['PATH']}"
     done = machine.install(machine.token(), "--name=dev", python=None, PATH=path)
@@ -205,6 +200,18 @@ def test_the_service_stops_an_agent_in_the_background_and_leaves_sessions_alone(
     program = f'"{machine.base}/bin/orchestratia-agent"'
     assert f"ExecStartPre={program} --stop\nExecStart={program} --quiet\n" in unit
     assert "KillMode=process" in unit
+    assert f'Environment="PATH={os.environ["PATH"]}"' in unit
+    if shutil.which("systemd-analyze"):
+        command = [
+            "systemd-analyze",
+            "--user",
+            "verify",
+            machine.base / "orchestratia-agent.service",
+        ]
+        checked = subprocess.run(
+            command, env=clean_env(machine.home), capture_output=True, text=True
+        )
+        assert "orchestratia-agent.service" not in checked.stderr, checked.stderr
     if shutil.which("systemctl"):
         assert "systemctl --user enable --now" in done.stdout
     else:

@@ -41,10 +41,19 @@ class Terminal:
         return self.page.locator(".xterm-rows").inner_text().replace("\u00a0", " ")
 
     def until_shows(self, pattern: str, timeout: float = 15) -> str:
-        def seen():
-            return re.search(pattern, self.text()) and self.text()
+        shown = ""
 
-        return wait_until(seen, timeout)
+        def seen():
+            nonlocal shown
+            shown = self.text()
+            return re.search(pattern, shown)
+
+        try:
+            wait_until(seen, timeout)
+        except pytest.fail.Exception:
+            said = self.page.locator("#terminal-words").inner_text(), self.said().inner_text()
+            pytest.fail(f"no {pattern!r} in {shown.rstrip()!r}, {said}")
+        return shown
 
     def until_stands(self, words) -> None:
         expect(self.page.locator("#terminal-words")).to_have_text(words, timeout=20_000)

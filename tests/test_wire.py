@@ -740,7 +740,8 @@ def test_a_report_of_another_servers_task_changes_nothing(world, agent, worker, 
         log(session_id, 0, b"forged"),
         {"type": "session_screen", "session_id": session_id, "lines": ["forged"]},
     )
-    assert answer == [{"type": "spool_ack", "upto": 2}]
+    assert {f["type"] for f in answer} == {"spool_ack"}
+    assert answer[-1]["upto"] == 2
     assert (world.status("A"), state(session_id)) == ("running", "active")
     assert world.now() == before
     assert sessions.logs().end(session_id) == 0

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from zlib import crc32
 
@@ -572,6 +573,17 @@ def test_a_peer_that_ignores_the_farewell_is_let_go(impatient):
 # ── senders ───────────────────────────────────────────────────────────────────────────────────
 
 
+def test_everybody_gets_a_turn_when_many_speak_at_once(peer):
+    many = [peer.open("/background") for _ in range(5 * ws.AT_ONCE)]
+    for round_ in "ab":
+        for raw in many:
+            raw.send(text(round_))
+        for raw in many:
+            assert raw.read() == (TEXT, round_.encode())
+    for raw in many:
+        raw.close()
+
+
 def test_messages_of_many_threads_stay_whole(peer):
     with peer.connect("/senders", max_size=None, compression=None) as connection:
         connection.send("begin")
@@ -795,6 +807,16 @@ def count():
 @ws.route(handlers, "/echo")
 def echo(wire):
     wire.allow(MOST)
+    return partial(reply, wire)  # beyond the request
+
+
+@ws.route(handlers, "/background")
+def background(wire):
+    wire.stay_in_background()
+    reply(wire)
+
+
+def reply(wire):
     while True:
         for message in wire.receive_all():
             wire.send(message if isinstance(message, str) else f"binary {message.hex()}")
@@ -866,7 +888,7 @@ def senders(wire):
 
 
 def serve(mode: str, quiet=25.0, gone=60.0, closing=2.0) -> None:
-    ws.QUIET_S, ws.GONE_S, ws.CLOSING_S = quiet, gone, closing
+    ws.QUIET_S, ws.GONE_S, ws.CLOSING_S, ws.ANSWERING_S = quiet, gone, closing, 0.0
     app = flask.Flask("peer")
     app.register_blueprint(handlers)
     if mode == "gevent":
