@@ -2709,12 +2709,13 @@ NOTICES = {
     "plan_approved": "Your plan is approved, go on. Run: orchestratia task view {}",
     "plan_revision": "Your plan is sent back to you. Run: orchestratia task view {}",
     "intervention_response": "You have an answer. Run: orchestratia intervention show {}",
+    "intervention_for_session": "You are asked. Run: orchestratia intervention show {}",
 }
 
 
 def notice(frame):
     """The line that tells a session of a command. Raises AgentError unless its id is one."""
-    about = "a question" if frame["type"] == "intervention_response" else "a task"
+    about = "a question" if frame["type"].startswith("intervention_") else "a task"
     wanted = frame["intervention_id" if about == "a question" else "task_id"]
     return NOTICES[frame["type"]].format(valid_id(wanted, about))
 
@@ -3009,6 +3010,7 @@ class Agent:
         "plan_approved": _tell_worker,
         "plan_revision": _tell_worker,
         "intervention_response": _tell_worker,
+        "intervention_for_session": _tell_worker,
         "task_status_update": _notify,
         "session_close": _session_close,
         "profiles_changed": _profiles_changed,

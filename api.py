@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 import auth
 import cascade
+import document
 import feed
 import inbox
 import reading
@@ -19,10 +20,12 @@ import servers
 import sessions
 import tasks
 import web
+from document import answers, listing
 from models import Event, Forbidden, Invalid, NotFound, Unauthorised, bus, iso, loads, one
 from web import caller
 
 VERSION = "0.1.0"
+ASCIICAST = "application/x-asciicast"
 
 bp = APIBlueprint("api", __name__, tag="Hub")
 # What a session on a server uses answers under /api/v1/server too, as older clients spell it.
@@ -379,6 +382,7 @@ def project_ids(project_id: str | None) -> list[str]:
 
 
 @bp.get("/health")
+@answers(document.Health)
 def health():
     """Whether the hub answers; needs no credential."""
     one("SELECT 1 AS ok")
@@ -387,6 +391,7 @@ def health():
 
 @bp.post("/auth/login")
 @bp.input(Login)
+@answers(document.SignedIn)
 def login(json_data: Login):
     """Exchange a user name and password, or a one-time login token, for a token."""
     if json_data.login_token:
@@ -399,6 +404,7 @@ def login(json_data: Login):
 
 
 @bp.post("/auth/logout")
+@answers(document.Done)
 def logout():
     """End the token this request carries."""
     auth.logout(caller())
@@ -406,6 +412,7 @@ def logout():
 
 
 @bp.get("/auth/me")
+@answers(document.Me)
 def me():
     """Who the credential of this request is and what it can see."""
     who = caller()
@@ -437,6 +444,7 @@ def project_json(project: dict) -> dict:
 
 
 @bp.get("/projects")
+@answers(listing("projects", document.Project))
 def list_projects():
     """The projects the caller can see."""
     return {"projects": [project_json(p) for p in auth.visible_projects(caller())]}
@@ -444,12 +452,14 @@ def list_projects():
 
 @bp.post("/projects")
 @bp.input(ProjectIn)
+@answers(document.Project, 201)
 def create_project(json_data: ProjectIn):
     """Make a project (hub admins)."""
     return project_json(auth.create_project(caller(), json_data.name, json_data.profile)), 201
 
 
 @bp.get("/projects/<ref>")
+@answers(document.Project)
 def get_project(ref):
     """One project by id or name."""
     return project_json(auth.pick_project(caller(), ref))
@@ -457,6 +467,7 @@ def get_project(ref):
 
 @bp.patch("/projects/<ref>")
 @bp.input(ProjectChange)
+@answers(document.Project)
 def change_project(ref, json_data: ProjectChange):
     """Change a project's name, default profile or settings (its admins)."""
     project = auth.pick_project(caller(), ref)
@@ -464,6 +475,7 @@ def change_project(ref, json_data: ProjectChange):
 
 
 @bp.get("/users")
+@answers(listing("users", document.User))
 def list_users():
     """All users with their roles (hub admins)."""
     return {"users": auth.list_users(caller())}
@@ -471,6 +483,7 @@ def list_users():
 
 @bp.post("/users")
 @bp.input(UserIn)
+@answers(document.User, 201)
 def create_user(json_data: UserIn):
     """Make a user with roles per project: viewer, operator or admin (hub admins)."""
     made = auth.create_user(
@@ -480,6 +493,7 @@ def create_user(json_data: UserIn):
 
 
 @bp.get("/users/<ref>")
+@answers(document.User)
 def get_user(ref):
     """One user by id or name (hub admins)."""
     return auth.user_json(auth.get_user(caller(), ref))
@@ -487,12 +501,14 @@ def get_user(ref):
 
 @bp.patch("/users/<ref>")
 @bp.input(UserChange)
+@answers(document.User)
 def change_user(ref, json_data: UserChange):
     """Change password, roles, or whether the user may sign in (hub admins)."""
     return auth.change_user(caller(), ref, changes(json_data))
 
 
 @bp.delete("/users/<ref>")
+@answers(document.Deleted)
 def delete_user(ref):
     """Delete a user and end their tokens (hub admins)."""
     auth.delete_user(caller(), ref)
@@ -504,6 +520,7 @@ def delete_user(ref):
 
 @bp.post("/servers/tokens")
 @bp.input(TokenIn)
+@answers(document.RegistrationToken, 201)
 def create_token(json_data: TokenIn):
     """Make a one-time registration token; it is shown this once, with ready commands."""
     project = auth.pick_project(caller(), json_data.project_id)
@@ -517,6 +534,7 @@ def create_token(json_data: TokenIn):
 
 @bp.post("/servers/register")
 @bp.input(Registering)
+@answers(document.Registered)
 def register(json_data: Registering):
     """Register a server with a one-time token; its key is in the answer, this once."""
     return servers.register(json_data.model_dump(), request.remote_addr or "")
@@ -524,6 +542,7 @@ def register(json_data: Registering):
 
 @bp.post("/servers/heartbeat")
 @bp.input(Heartbeat)
+@answers(document.Heard)
 def heartbeat(json_data: Heartbeat):
     """A server's sign of life."""
     servers.heartbeat(server_caller(), json_data.system_info)
@@ -539,6 +558,7 @@ def server_caller() -> auth.Caller:
 
 
 @bp.get("/servers/tasks/poll")
+@answers(listing("tasks", document.Task))
 def poll_tasks():
     """The tasks on the calling server, with everything their workers need."""
     return {"tasks": servers.assigned_tasks(server_caller())}
@@ -548,6 +568,7 @@ def poll_tasks():
 
 
 @bp.get("/server/files/pending")
+@answers([])
 def list_uploads():
     """Files a public daemon is to fetch from the hub: none."""
     server_caller()
@@ -555,6 +576,7 @@ def list_uploads():
 
 
 @bp.get("/server/files/pulls/pending")
+@answers([])
 def list_pulls():
     """Files a public daemon is to bring to the hub: none."""
     server_caller()
@@ -562,6 +584,7 @@ def list_pulls():
 
 
 @bp.get("/server/access-grants")
+@answers([])
 def list_grants():
     """Grants between servers: none. A public daemon asks once it has announced its sessions."""
     bus.publish(f"server:{server_caller().server_id}", "announced")
@@ -569,6 +592,7 @@ def list_grants():
 
 
 @bp.get("/server/approval-rules")
+@answers([])
 def list_rules():
     """Rules by which a public daemon answers permission prompts: none, so that people answer."""
     server_caller()
@@ -577,6 +601,7 @@ def list_rules():
 
 @bp.post("/server/permissions/log")
 @bp.input(PermissionLog)
+@answers(document.Accepted, 201)
 def log_permissions(json_data: PermissionLog):
     """What a public daemon's rules have decided; with no rules there is nothing to keep."""
     server_caller()
@@ -585,6 +610,7 @@ def log_permissions(json_data: PermissionLog):
 
 @bp.patch("/server/sessions/<ref>/mcp-status")
 @bp.input(McpStatus)
+@answers(document.Done)
 def note_mcp_status(ref, json_data: McpStatus):
     """Whether a public daemon could offer its tools to the agent of a session; not kept."""
     server_caller()
@@ -593,12 +619,14 @@ def note_mcp_status(ref, json_data: McpStatus):
 
 @work.get("/servers")
 @work.input(ProjectPage, location="query")
+@answers(listing("servers", document.Server))
 def list_servers(query_data: ProjectPage):
     """The servers of the project named, or of all the caller can see."""
     return {"servers": servers.list_servers(project_ids(query_data.project_id))}
 
 
 @work.get("/servers/<ref>")
+@answers(document.Server)
 def get_server(ref):
     """One server by id, unique prefix or name."""
     return servers.server_json(servers.get_server(caller(), ref))
@@ -606,12 +634,14 @@ def get_server(ref):
 
 @work.patch("/servers/<ref>")
 @work.input(ServerChange)
+@answers(document.Server)
 def change_server(ref, json_data: ServerChange):
     """Rename a server, declare what it can do, set its slots, or start workers by hand only."""
     return servers.server_json(servers.change_server(caller(), ref, changes(json_data)))
 
 
 @work.delete("/servers/<ref>")
+@answers(document.Deleted)
 def delete_server(ref):
     """Revoke a server; its history stays."""
     servers.revoke(caller(), ref)
@@ -619,18 +649,21 @@ def delete_server(ref):
 
 
 @work.post("/servers/<ref>/drain")
+@answers(document.Server)
 def drain_server(ref):
     """Give the server no new work."""
     return servers.server_json(servers.drain(caller(), ref))
 
 
 @work.post("/servers/<ref>/resume")
+@answers(document.Server)
 def resume_server(ref):
     """Give the server work again."""
     return servers.server_json(servers.resume(caller(), ref))
 
 
 @work.post("/servers/<ref>/revoke")
+@answers(document.Server)
 def revoke_server(ref):
     """Take the server's key away for good; its work is routed anew."""
     return servers.server_json(servers.revoke(caller(), ref))
@@ -641,6 +674,7 @@ def revoke_server(ref):
 
 @work.get("/tasks")
 @work.input(Page, location="query")
+@answers(document.Tasks)
 def list_tasks(query_data: Page):
     """Tasks, newest first."""
     server = query_data.server and servers.get_server(caller(), query_data.server)["id"]
@@ -658,6 +692,7 @@ def list_tasks(query_data: Page):
 
 @work.post("/tasks")
 @work.input(TaskIn)
+@answers(document.Task, 201)
 def create_task(json_data: TaskIn):
     """Make a task, with its dependencies."""
     project = auth.pick_project(caller(), json_data.project_id)
@@ -665,6 +700,7 @@ def create_task(json_data: TaskIn):
 
 
 @work.get("/tasks/<ref>")
+@answers(document.Task)
 def get_task(ref):
     """One task by id or unique prefix."""
     return reading.task_json(auth.find("task", caller(), ref))
@@ -672,6 +708,7 @@ def get_task(ref):
 
 @work.put("/tasks/<ref>")
 @work.input(TaskChange)
+@answers(document.Task)
 def put_task(ref, json_data: TaskChange):
     """Change the fields given."""
     return reading.task_json(tasks.update(caller(), ref, given(json_data)))
@@ -679,6 +716,7 @@ def put_task(ref, json_data: TaskChange):
 
 @work.patch("/tasks/<ref>")
 @work.input(TaskChange)
+@answers(document.Task)
 def patch_task(ref, json_data: TaskChange):
     """Change the fields given."""
     return reading.task_json(tasks.update(caller(), ref, given(json_data)))
@@ -686,6 +724,7 @@ def patch_task(ref, json_data: TaskChange):
 
 @work.delete("/tasks/<ref>")
 @work.input(Cascading, location="query")
+@answers(document.Cancelled)
 def cancel_task(ref, query_data: Cascading):
     """Cancel a task; with `cascade=true` everything that waits for it too."""
     task, also = tasks.cancel(caller(), ref, downstream=query_data.cascade)
@@ -694,6 +733,7 @@ def cancel_task(ref, query_data: Cascading):
 
 @work.post("/tasks/<ref>/assign")
 @work.input(Assignment)
+@answers(document.Task)
 def assign_task(ref, json_data: Assignment):
     """Give a task to a session or server, or with neither have it routed."""
     return reading.task_json(tasks.assign(caller(), ref, **json_data.model_dump()))
@@ -701,6 +741,7 @@ def assign_task(ref, json_data: Assignment):
 
 @work.post("/tasks/<ref>/start")
 @work.input(Report)
+@answers(document.Task)
 def start_task(ref, json_data: Report):
     """The worker has begun."""
     return reading.task_json(tasks.start(caller(), ref, json_data.attempt))
@@ -708,6 +749,7 @@ def start_task(ref, json_data: Report):
 
 @work.post("/tasks/<ref>/complete")
 @work.input(Completion)
+@answers(document.Task)
 def complete_task(ref, json_data: Completion):
     """The worker is done; what waited for it goes on in the same step."""
     done = tasks.complete(
@@ -718,6 +760,7 @@ def complete_task(ref, json_data: Completion):
 
 @work.post("/tasks/<ref>/fail")
 @work.input(Failure)
+@answers(document.Task)
 def fail_task(ref, json_data: Failure):
     """The worker gave up."""
     error = json_data.error or "no reason given"
@@ -726,6 +769,7 @@ def fail_task(ref, json_data: Failure):
 
 @work.get("/tasks/check")
 @work.input(OfSession, location="query")
+@answers(document.OwnTasks)
 def check_tasks(query_data: OfSession):
     """The caller's own tasks: those of the session named, or else of its session or server."""
     found = reading.mine(caller(), session_meant(query_data))
@@ -734,6 +778,7 @@ def check_tasks(query_data: OfSession):
 
 @work.get("/status")
 @work.input(OfSession, location="query")
+@answers(document.Standing)
 def status(query_data: OfSession):
     """Where the caller stands: its server, session, project and tasks."""
     with suppress(NotFound):  # a session from before: the rest is still worth knowing
@@ -749,6 +794,7 @@ def session_meant(query: OfSession) -> dict | None:
 
 @work.post("/tasks/<ref>/help")
 @work.input(Help)
+@answers(document.Asked, 200, 201)
 def ask_for_help(ref, json_data: Help):
     """Ask a person (or, with type `question`, an orchestrator); the task waits for the answer."""
     asked, made = inbox.ask(
@@ -767,6 +813,7 @@ def ask_for_help(ref, json_data: Help):
 
 @work.post("/tasks/<ref>/plan")
 @work.input(Plan)
+@answers(document.Task)
 def submit_plan(ref, json_data: Plan):
     """Hand in a plan, or a new version of it, to be approved."""
     task = inbox.submit_plan(caller(), ref, json_data.plan, json_data.attempt)
@@ -774,6 +821,7 @@ def submit_plan(ref, json_data: Plan):
 
 
 @work.get("/tasks/<ref>/plan")
+@answers(listing("plans", document.SubmittedPlan))
 def list_plans(ref):
     """Every version of the task's plan with what was decided of it, oldest first."""
     return {"plans": inbox.plans(caller(), ref)}
@@ -781,6 +829,7 @@ def list_plans(ref):
 
 @work.post("/tasks/<ref>/plan/approve")
 @work.input(Approval)
+@answers(document.Task)
 def approve_plan(ref, json_data: Approval):
     """Let the worker do what it plans (people, and orchestrators other than the worker)."""
     task = inbox.approve(caller(), ref, json_data.comment or None, json_data.version)
@@ -789,6 +838,7 @@ def approve_plan(ref, json_data: Approval):
 
 @work.post("/tasks/<ref>/plan/revise")
 @work.input(Revision)
+@answers(document.Task)
 def revise_plan(ref, json_data: Revision):
     """Send the plan back with what should be different."""
     task = inbox.revise(caller(), ref, json_data.feedback, json_data.version)
@@ -796,6 +846,7 @@ def revise_plan(ref, json_data: Revision):
 
 
 @work.get("/tasks/<ref>/notes")
+@answers([document.Note])
 def list_notes(ref):
     """The notes on the task, oldest first."""
     return reading.notes(caller(), ref)
@@ -803,6 +854,7 @@ def list_notes(ref):
 
 @work.post("/tasks/<ref>/notes")
 @work.input(NoteIn)
+@answers(document.Note, 201)
 def add_note(ref, json_data: NoteIn):
     """Add a note; it is told to the task's worker and to those of tasks that depend on it."""
     note = inbox.add_note(
@@ -816,6 +868,7 @@ def add_note(ref, json_data: NoteIn):
 
 
 @work.post("/tasks/<ref>/retry")
+@answers(document.Task)
 def retry_task(ref):
     """Open a failed or cancelled task again."""
     return reading.task_json(tasks.retry(caller(), ref))
@@ -823,6 +876,7 @@ def retry_task(ref):
 
 @work.post("/tasks/<ref>/dependencies")
 @work.input(Link)
+@answers(document.NewDependency, 201)
 def add_dependency(ref, json_data: Link):
     """Make the task wait for another, take an input from it, or relate to it."""
     row = tasks.add_dependency(
@@ -843,30 +897,35 @@ def add_dependency(ref, json_data: Link):
 
 
 @work.delete("/tasks/<ref>/dependencies/<other>")
+@answers(document.Removed)
 def remove_dependency(ref, other):
     """Remove every dependency of the task on the other."""
     return {"removed": tasks.remove_dependency(caller(), ref, other)}
 
 
 @work.get("/tasks/<ref>/events")
+@answers(listing("events", document.Event))
 def task_events(ref):
     """The task's timeline, oldest first."""
     return {"events": reading.timeline(caller(), ref)}
 
 
 @work.get("/tasks/<ref>/explain")
+@answers(document.Explanation)
 def explain_task(ref):
     """Why the task is where it is: blockers, each server's score or reasons, the choice."""
     return reading.explain(caller(), ref)
 
 
 @work.get("/tasks/<ref>/contracts")
+@answers(listing("contracts", document.Contract))
 def list_contracts(ref):
     """What the task owes and has delivered."""
     return {"contracts": reading.contracts(caller(), ref)}
 
 
 @work.get("/tasks/<ref>/contracts/<key>")
+@answers(document.Contract)
 def get_contract(ref, key):
     """One contract of the task."""
     found = [c for c in reading.contracts(caller(), ref) if c["key"] == key]
@@ -877,6 +936,7 @@ def get_contract(ref, key):
 
 @work.put("/tasks/<ref>/contracts/<key>")
 @work.input(Amendment)
+@answers(document.Contract)
 def amend_contract(ref, key, json_data: Amendment):
     """Supply or amend a contract by hand."""
     tasks.amend_contract(caller(), ref, key, json_data.data)
@@ -888,6 +948,7 @@ def amend_contract(ref, key, json_data: Amendment):
 
 @work.get("/interventions")
 @work.input(InterventionPage, location="query")
+@answers([document.Intervention])
 def list_interventions(query_data: InterventionPage):
     """What was asked, newest first: pending, responded or closed."""
     task = query_data.task_id and auth.find("task", caller(), query_data.task_id)
@@ -897,6 +958,7 @@ def list_interventions(query_data: InterventionPage):
 
 
 @work.get("/interventions/<ref>")
+@answers(document.Intervention)
 def get_intervention(ref):
     """One intervention by id or unique prefix, with its answer."""
     return inbox.interventions_json([inbox.get_intervention(caller(), ref)])[0]
@@ -904,6 +966,7 @@ def get_intervention(ref):
 
 @work.post("/interventions/<ref>/respond")
 @work.input(Answer)
+@answers(document.Intervention)
 def respond(ref, json_data: Answer):
     """Answer an intervention; the first answer counts and goes to whoever asked."""
     return inbox.interventions_json([inbox.answer(caller(), ref, json_data.response)])[0]
@@ -914,6 +977,7 @@ def respond(ref, json_data: Answer):
 
 @bp.post("/pipelines")
 @bp.input(PipelineIn)
+@answers(document.WholePipeline, 201)
 def apply_pipeline(json_data: PipelineIn):
     """Make all tasks of a pipeline, or none."""
     project = auth.pick_project(caller(), json_data.project_id or json_data.project)
@@ -933,6 +997,7 @@ def _pipeline_item(task: PipelineTask) -> dict:
 
 @bp.get("/pipelines")
 @bp.input(ProjectPage, location="query")
+@answers(listing("pipelines", document.Pipeline))
 def list_pipelines(query_data: ProjectPage):
     """Pipelines with their counts, newest first."""
     found = reading.list_pipelines(project_ids(query_data.project_id))
@@ -940,12 +1005,10 @@ def list_pipelines(query_data: ProjectPage):
 
 
 @bp.get("/pipelines/<ref>")
+@answers(document.WholePipeline)
 def get_pipeline(ref):
     """One pipeline with its tasks, by id, unique prefix or name (the newest of that name)."""
     return reading.pipeline_json(reading.get_pipeline(caller(), ref), with_tasks=True)
-
-
-ASCIICAST = "application/x-asciicast"
 
 
 # ── sessions ──────────────────────────────────────────────────────────────────────────────────
@@ -953,6 +1016,7 @@ ASCIICAST = "application/x-asciicast"
 
 @work.get("/sessions")
 @work.input(SessionPage, location="query")
+@answers(listing("sessions", document.Session))
 def list_sessions(query_data: SessionPage):
     """Live sessions; with `all` those that ended too."""
     found = sessions.list_sessions(
@@ -963,6 +1027,7 @@ def list_sessions(query_data: SessionPage):
 
 @work.post("/sessions")
 @work.input(SessionIn)
+@answers(document.Session, 200, 201)
 def open_session(json_data: SessionIn):
     """Start a session; for a task whose attempt has a live one, that one (200)."""
     data = given(json_data)
@@ -972,6 +1037,7 @@ def open_session(json_data: SessionIn):
 
 
 @work.get("/sessions/<ref>")
+@answers(document.Session)
 def get_session(ref):
     """One session by id, unique prefix or name."""
     return sessions.session_view(sessions.get_session(caller(), ref))
@@ -979,6 +1045,7 @@ def get_session(ref):
 
 @work.post("/sessions/<ref>/input")
 @work.input(Typing)
+@answers(document.Done)
 def type_into(ref, json_data: Typing):
     """Type a text and submit it safely (`text`), or pass raw bytes (`data`, base64)."""
     if (json_data.text is None) == (json_data.data is None):
@@ -992,6 +1059,7 @@ def type_into(ref, json_data: Typing):
 
 @work.post("/sessions/<ref>/resize")
 @work.input(Size)
+@answers(document.Session)
 def resize_session(ref, json_data: Size):
     """Set the size of the session's terminal."""
     resized = sessions.resize(caller(), ref, json_data.cols, json_data.rows)
@@ -1000,6 +1068,7 @@ def resize_session(ref, json_data: Size):
 
 @work.post("/sessions/<ref>/close")
 @work.input(Closing)
+@answers(document.Session)
 def close_session(ref, json_data: Closing):
     """Have the session ended."""
     closed = sessions.close_session(caller(), ref, force=json_data.force)
@@ -1007,6 +1076,7 @@ def close_session(ref, json_data: Closing):
 
 
 @work.get("/sessions/<ref>/screen")
+@answers(document.Screen)
 def session_screen(ref):
     """The last screen the session's server sent."""
     return sessions.screen(caller(), ref)
@@ -1014,7 +1084,7 @@ def session_screen(ref):
 
 @work.get("/sessions/<ref>/output")
 @work.input(OutputPage, location="query")
-@work.doc(responses={200: {"description": "bytes", "content": {"application/octet-stream": {}}}})
+@answers(None, media="application/octet-stream")
 def session_output(ref, query_data: OutputPage):
     """The bytes of the session's log from `offset` on (about 1 MB at a time).
 
@@ -1032,13 +1102,14 @@ def session_output(ref, query_data: OutputPage):
 
 
 @work.get("/sessions/<ref>/marks")
+@answers(listing("marks", document.Mark))
 def session_marks(ref):
     """What is missing from the session's log: lost before it came (gap) or removed here."""
     return {"marks": sessions.marks(caller(), ref)}
 
 
 @work.get("/sessions/<ref>/recording")
-@work.doc(responses={200: {"description": "asciicast v2", "content": {ASCIICAST: {}}}})
+@answers(None, media=ASCIICAST)
 def session_recording(ref):
     """The session's log as a recording that terminal players show (asciicast v2)."""
     name, lines = sessions.recording(caller(), ref)
@@ -1051,6 +1122,7 @@ def session_recording(ref):
 
 @bp.get("/events")
 @bp.input(EventPage, location="query")
+@answers(document.Events)
 def list_events(query_data: EventPage):
     """Events above the id `after`, or with `tail` or `before` the newest (below that id).
 
@@ -1081,7 +1153,7 @@ def list_events(query_data: EventPage):
 
 
 @bp.get("/events/stream")
-@bp.doc(responses={200: {"description": "SSE", "content": {"text/event-stream": {}}}})
+@answers(None, media="text/event-stream")
 def stream_events():
     """Events as they are committed (SSE); `Last-Event-ID` or `?after=` resumes without loss."""
     who = caller()

@@ -2382,6 +2382,7 @@ def session_show(app, name):
 @click.option("--dir", "working_dir", metavar="DIR", help="Where it starts, on that server.")
 @click.option("--profile", help="The coding agent it runs; a shell if left out.")
 @click.option("--role", type=click.Choice(["worker", "orchestrator", "plain"]))
+@click.option("--task", "task_id", metavar="ID", help="The task there that it is to work on.")
 @click.option("--attach", is_flag=True, help="Attach to it at once.")
 @click.pass_context
 @pass_app

@@ -26,6 +26,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 import api
 import auth
+import document
 import install
 import live
 import logs
@@ -143,9 +144,11 @@ def create_app(settings: dict) -> APIFlask:
 
     app = APIFlask("orchestratia", title="Orchestratia", version=api.VERSION, docs_path=None)
     app.root_path = str(HERE)
+    app.config["OPENAPI_VERSION"] = "3.1.0"
     app.config["HUB"] = settings
     app.config["MAX_CONTENT_LENGTH"] = int(settings["max_body_mb"] * 1_000_000)
     web.init_app(app)
+    document.init_app(app)
     app.register_blueprint(api.bp, url_prefix="/api/v1")
     app.register_blueprint(api.work, url_prefix="/api/v1")
     app.register_blueprint(api.work, url_prefix="/api/v1/server", name="work_on_server")

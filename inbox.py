@@ -105,7 +105,21 @@ def _ask(tx: Transaction, caller: Caller, task: dict, fields: dict) -> tuple[dic
         task = moves.do(tx, task, "ask", caller.actor, details, asked_in=task["status"])
     insert_many("intervention", tuple(made), [tuple(made.values())])
     tasks.tell_orderer(tx, task, made["question"][:EVENT_TEXT])
+    _tell_target(tx, caller, task, made)
     return _intervention(made["id"]), True
+
+
+def _tell_target(tx: Transaction, caller: Caller, task: dict, asked: dict) -> None:
+    """The session a question is meant for hears of it, if it lives."""
+    target = asked["target_session_id"]
+    session = target and one("SELECT * FROM session WHERE id = ?", (target,))
+    if session and session["state"] in cascade.SESSION_LIVE:
+        said = {
+            "intervention_id": asked["id"],
+            "question": asked["question"],
+            "source": caller.name,
+        }
+        moves.command(tx, session["server_id"], "intervention_for_session", target, task, said)
 
 
 def _pending(task_id: str) -> list[dict]:

@@ -1,8 +1,8 @@
 """What a public daemon is told to type into a session: its own frames, their text made fit for a
 terminal.
 
-The daemon types a sentence around that text, with Enter, into whatever reads there. So nothing may
-act as a key, and where it may be a shell that reads, nothing that a shell acts on.
+The daemon types a sentence around that text, with Enter, into whatever reads there, which may be a
+shell: so nothing may act as a key, and nothing that others wrote as a command.
 """
 
 import re
@@ -14,6 +14,8 @@ EMPTY = "(empty)"  # nothing at all would be Enter by itself
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 KEYS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 UNSAFE = re.compile(r"[^\w .,-]+")
+# What a shell acts on, and the wide form of the same sign, which it does not.
+TWINS = {ord(sign): ord(sign) + 0xFEE0 for sign in ";|&$`<>()'\"\\!{}[]^*~#"}
 
 
 def typed(text, most: int = TEXT_MOST) -> str:
@@ -28,6 +30,11 @@ def typed(text, most: int = TEXT_MOST) -> str:
 def harmless(text, most: int = TITLE_MOST) -> str:
     """`text` without anything a shell would act on: it may be one that reads it."""
     return typed(" ".join(UNSAFE.sub(" ", CONTROL.sub(" ", str(text))).split()), most)
+
+
+def spoken(text, most: int = TEXT_MOST) -> str:
+    """`text` readable as it was, with nothing in it that a shell would act on."""
+    return typed(CONTROL.sub(" ", str(text)).translate(TWINS), most)
 
 
 def _nudge(kind: str, session: dict, frame: dict, **fields) -> dict:
@@ -62,10 +69,7 @@ def _status_update(session: dict, frame: dict) -> dict:
 
 
 def _note(session: dict, frame: dict) -> dict:
-    """`by_agent`: it is an agent that reads there, not a shell."""
-    content = typed(frame.get("content") or "")
-    if not frame["by_agent"] and content != harmless(content, TEXT_MOST):
-        content = f"to read it run orchestratia task notes {frame.get('task_id')}"
+    content = spoken(frame.get("content") or "")
     author = harmless(frame.get("author") or "somebody")
     if frame.get("mentioned_via") == "dependency":
         return {
@@ -85,15 +89,26 @@ def _cancelled(session: dict, frame: dict) -> dict:
     return _note(session, frame | {"content": said, "author": "hub", "urgent": True})
 
 
+# What follows is typed by itself: its first word would be a command to a shell.
+
+
 def _response(session: dict, frame: dict) -> dict:
-    """Whoever asked is an agent that reads there."""
-    response = typed(frame.get("response") or "")
+    response = spoken(f"Answer: {frame.get('response') or EMPTY}")
     return _nudge("intervention_response", session, frame, response=response)
 
 
 def _revision(session: dict, frame: dict) -> dict:
-    feedback = typed(frame.get("feedback") or "")
+    feedback = spoken(f"The plan is sent back: {frame.get('feedback') or EMPTY}")
     return _nudge("plan_revision", session, frame, feedback=feedback)
+
+
+def _question(session: dict, frame: dict) -> dict:
+    return {
+        "type": "intervention_for_session",
+        "target_session_id": session["id"],
+        "question": spoken(frame["question"]),
+        "source": harmless(frame["source"]),
+    }
 
 
 NUDGES = {
@@ -103,6 +118,7 @@ NUDGES = {
     "task_cancelled": _cancelled,
     "task_note": _note,
     "intervention_response": _response,
+    "intervention_for_session": _question,
     "plan_approved": lambda session, frame: _nudge("plan_approved", session, frame),
     "plan_revision": _revision,
 }

@@ -350,14 +350,8 @@ class Daemon:
         session = self._row(frame["session_id"])
         if not session or session["state"] not in READING:
             return []
-        frame["by_agent"] = session["role"] != "plain" or self._has_begun(frame.get("task_id"))
         said = nudges.NUDGES[frame["type"]](session, frame)
         return self._tell(session["id"], said)
-
-    def _has_begun(self, task_id: str | None) -> bool:
-        """Whether somebody in its session has said so: that is no shell."""
-        task = task_id and moves.row(task_id)
-        return bool(task and task["started_at"])
 
     def _plan_approved(self, frame: dict) -> list[dict]:
         comment = {"type": "task_note", "content": frame.get("comment")}

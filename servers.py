@@ -107,8 +107,8 @@ def _refuse_taken_name(project_id: str, name: str, but: str = "") -> None:
         (project_id, name, but),
     ):
         raise Conflict(
-            f"There is a server {name!r} in this project already: choose another name (--name), "
-            "or revoke the old one first.",
+            f"There is a server {name!r} in this project already: choose another name (--name; "
+            "`server_name` in the file of an older agent), or revoke the old one first.",
             code="name_taken",
         )
 

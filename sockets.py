@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 from simple_websocket import ConnectionClosed
 
 import auth
+import document
 import models
 import older
 import servers
@@ -24,6 +25,7 @@ import wire
 import ws
 from api import server_caller
 from auth import Caller
+from document import answers
 from models import Conflict, Forbidden, Invalid, Refused, Unauthorised, bus
 from web import loads
 from ws import Wire, text_frame
@@ -357,8 +359,14 @@ def notice_silence(seconds: float = wire.POLL_SILENCE_S) -> None:
 # ── the poll ──────────────────────────────────────────────────────────────────────────────────
 
 
+class Polled(document.Answer):
+    seq: int
+    frames: list[dict]
+
+
 @bp.post("/server/poll")
 @bp.input(Poll)
+@answers(Polled)
 def poll(json_data: Poll):
     """The long poll of an agent (protocol 2): frames in, frames out."""
     caller = server_caller()

@@ -173,6 +173,12 @@ def _compose_for_worker(row: dict) -> dict | None:
     return _compose_plain(row)
 
 
+def _compose_question(row: dict) -> dict | None:
+    frame = _compose_plain(row)
+    asked = one("SELECT status FROM intervention WHERE id = ?", (frame["intervention_id"],))
+    return frame if asked and asked["status"] == "pending" else None
+
+
 COMPOSE = {
     "task_assigned": _compose_assigned,
     "session_start": _compose_start,
@@ -181,6 +187,7 @@ COMPOSE = {
     "task_updated": _compose_plain,
     "task_status_update": _compose_plain,
     "intervention_response": _compose_for_worker,
+    "intervention_for_session": _compose_question,
     "plan_approved": _compose_for_worker,
     "plan_revision": _compose_for_worker,
     "task_note": _compose_for_worker,

@@ -24,10 +24,14 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import hypothesis
+import jsonschema_rs
 import pytest
 import requests
+from werkzeug.exceptions import HTTPException
+from werkzeug.routing import RequestRedirect
 from werkzeug.serving import make_server
 
 import auth
@@ -360,6 +364,41 @@ def app(tmp_path):
     _close()
 
 
+class Documented:
+    """What the OpenAPI document says of answers; every answer a test gets is held against it."""
+
+    def __init__(self):
+        self._paths = None
+        self._validators = {}
+
+    def check(self, app, method: str, path: str, answer) -> None:
+        try:
+            rule = app.url_map.bind("localhost").match(path, method, return_rule=True)[0].rule
+        except (HTTPException, RequestRedirect):
+            return  # nothing is there
+        if not rule.startswith("/api/"):
+            return
+        self._paths = self._paths or app.test_client().get("/openapi.json").json
+        named = rule.replace("<", "{").replace(">", "}")
+        responses = self._paths["paths"][named][method.lower()]["responses"]
+        assert str(answer.status_code) in responses, (method, named, answer.status_code)
+        if answer.is_json:
+            errors = self._validator(named, method, answer.status_code).iter_errors(answer.json)
+            assert not (found := [(list(e.instance_path), e.message[:300]) for e in errors]), found
+
+    def _validator(self, path: str, method: str, status: int):
+        key = path, method, status
+        if key not in self._validators:
+            where = self._paths["paths"][path][method.lower()]["responses"][str(status)]
+            schema = where["content"]["application/json"]["schema"]
+            whole = schema | {"components": self._paths["components"]}
+            self._validators[key] = jsonschema_rs.Draft202012Validator(whole)
+        return self._validators[key]
+
+
+documented = Documented()
+
+
 class Client:
     """Requests to the API: a path without a leading slash stands under /api/v1."""
 
@@ -391,7 +430,9 @@ class Client:
     def open(self, method: str, path: str, **kwargs):
         path = path if path.startswith("/") else f"/api/v1/{path}"
         headers = self.headers | kwargs.pop("headers", {})
-        return self.flask.open(path, method=method, headers=headers, **kwargs)
+        answer = self.flask.open(path, method=method, headers=headers, **kwargs)
+        documented.check(self.app, method, urlsplit(path).path, answer)
+        return answer
 
     def get(self, path: str, **kwargs):
         return self.open("GET", path, **kwargs)

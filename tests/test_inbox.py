@@ -69,6 +69,15 @@ def told(world, server="dev") -> list[dict]:
     return [f for f in frames if f["type"] not in ("task_assigned", "session_start")]
 
 
+def test_a_question_for_a_session_is_told_there_until_somebody_has_answered(shop):
+    asked = ask(shop, target="boss")
+    [heard] = [f for f in told(shop) if f["type"] == "intervention_for_session"]
+    assert (heard["session_id"], heard["intervention_id"]) == (shop.ids["boss"], asked["id"])
+    assert heard["question"] == "JWT or cookies?"
+    inbox.answer(shop.olga, asked["id"], "JWT")
+    assert "intervention_for_session" not in {f["type"] for f in told(shop)}
+
+
 # ── asking ────────────────────────────────────────────────────────────────────────────────────
 
 

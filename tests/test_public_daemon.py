@@ -3,6 +3,8 @@ daemon written here by hand, and what it must never be sent."""
 
 import base64
 import json
+import re
+import subprocess
 import threading
 import time
 import uuid
@@ -1085,7 +1087,7 @@ def test_an_answer_reaches_whoever_asked(world, daemon, agent_session):
         "type": "intervention_response",
         "session_id": agent_session,
         "task_id": world.ids["A"],
-        "response": " -the `second`; really; .",
+        "response": "Answer: -the ｀second｀； really；",
     }
 
 
@@ -1100,7 +1102,7 @@ def test_a_plan_is_approved_or_sent_back(world, daemon):
         "type": "plan_revision",
         "session_id": session_id,
         "task_id": world.ids["A"],
-        "feedback": "smaller steps; .",
+        "feedback": "The plan is sent back: smaller steps；",
     }
     inbox.submit_plan(HUB, world.ids["A"], {"summary": "two"})
     inbox.approve(HUB, world.ids["A"], "but with tests")
@@ -1114,13 +1116,13 @@ def test_a_plan_is_approved_or_sent_back(world, daemon):
 
 
 @pytest.mark.parametrize("urgent", [False, True])
-def test_a_note_is_passed_on_as_it_is_to_an_agent(world, daemon, agent_session, urgent):
+def test_a_note_is_passed_on_to_whoever_works(world, daemon, agent_session, urgent):
     inbox.add_note(HUB, world.ids["A"], "use $HOME;\nplease", urgent=urgent)
     assert daemon.told("task_note") == {
         "type": "task_note",
         "session_id": agent_session,
         "task_id": world.ids["A"],
-        "content": "use $HOME; please",
+        "content": "use ＄HOME； please",
         "author": "hub",
         "urgent": urgent,
     }
@@ -1139,14 +1141,45 @@ def test_a_note_on_an_upstream_is_marked_as_such(world, daemon, agent_session):
     }
 
 
-def test_where_it_may_be_a_shell_that_reads_nothing_it_acts_on_is_typed(world, daemon, session_id):
-    world.task("A")
-    world.assign("A", session=session_id)
-    inbox.add_note(HUB, world.ids["A"], "run $(reboot)")
-    content = daemon.told("task_note")["content"]
-    assert "reboot" not in content and world.ids["A"] in content
-    inbox.add_note(HUB, world.ids["A"], "all is well")
-    assert daemon.told("task_note")["content"] == "all is well"
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x; touch owned",
+        "$(touch owned) `touch owned` ${IFS}",
+        "a && touch owned || touch owned & touch owned | touch owned",
+        "> owned <in 2>&1",
+        "'open \" quotes",
+        "(touch owned) { touch owned; } !! !touch ^a^b",
+        "back\\slash \\",
+        "* ~ [a-z] {a,b} # all",
+        "JWT (RS256), don't store; see src/auth.py:12 @ 50% + x=1?",
+        "line\ntouch owned\rtouch owned",
+    ],
+)
+def test_what_others_wrote_is_no_command_to_a_shell_that_reads_it(text, shell, tmp_path):
+    """It stays readable, and a shell takes every word for a word."""
+    line = nudges.spoken(text)
+    command = [shell, "-c", f"printf '%s\\n' said {line}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["said", *line.split()], done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert re.findall(r"\w+", line) == re.findall(r"\w+", text)
+    for kind, word in (("intervention_response", "response"), ("plan_revision", "feedback")):
+        said = nudges.NUDGES[kind]({"id": "s"}, {word: f"touch owned {text}"})[word]
+        subprocess.run([shell, "-c", said], cwd=tmp_path, capture_output=True)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_session_that_is_asked_hears_of_it(world, daemon, agent_session):
+    world.working("B", server="other" if "other" in world.servers else None)
+    inbox.ask(HUB, world.ids["B"], "Which port;\nreally?", target=agent_session)
+    assert daemon.told("intervention_for_session") == {
+        "type": "intervention_for_session",
+        "target_session_id": agent_session,
+        "question": "Which port； really?",
+        "source": "hub",
+    }
 
 
 def test_an_orchestrator_is_told_how_its_task_ended(world, daemon):
