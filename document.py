@@ -462,8 +462,10 @@ def _refusals(path: str, method: str, operation: dict) -> set[int]:
         found |= {422}
     if "requestBody" in operation:
         found |= {413, 415, 422}
+    if method != "get" or takes:  # a prefix may mean several
+        found |= {409}
     if method != "get":
-        found |= {409, 503}
+        found |= {503}
     return found | ({429} if path in TRIES else set())
 
 

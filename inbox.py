@@ -261,6 +261,73 @@ def list_interventions(
     return interventions_json(found)
 
 
+WAITING_MOST = 200
+
+
+def waiting(project_ids: list[str], task_id: str | None = None) -> list[dict]:
+    """What waits for a person, oldest first, at most 200 of each kind: interventions as the API
+    shows them and plans, each with its `kind` (question, help, approval, plan) and `since`."""
+    asked = _pending_of(project_ids, task_id)
+    items = [
+        one | {"kind": one["intervention_type"], "since": one["created_at"]}
+        for one in interventions_json(asked)
+    ]
+    return sorted(items + _plans_waiting(project_ids, task_id), key=lambda item: item["since"])
+
+
+def _pending_of(project_ids: list[str], task_id: str | None) -> list[dict]:
+    if task_id:
+        return _pending(task_id)
+    return rows(
+        f"SELECT * FROM intervention WHERE project_id IN {_among(project_ids)}"
+        " AND status = 'pending' ORDER BY seq LIMIT ?",
+        [*project_ids, WAITING_MOST],
+    )
+
+
+def _plans_waiting(project_ids: list[str], task_id: str | None) -> list[dict]:
+    which, values = ("AND t.id = ?", [task_id]) if task_id else ("", [])
+    found = rows(
+        "SELECT p.*, t.title, t.project_id, t.session_id FROM task t JOIN plan p ON"
+        " p.task_id = t.id AND p.status = 'pending' AND p.attempt = t.attempt"
+        f" WHERE t.project_id IN {_among(project_ids)} AND t.status = 'plan_review' {which}"
+        " ORDER BY t.seq LIMIT ?",
+        [*project_ids, *values, WAITING_MOST],
+    )
+    return [
+        {
+            "kind": "plan",
+            "id": f"{row['task_id']}-{row['version']}",
+            "since": iso(row["at"]),
+            "project_id": row["project_id"],
+            "task_id": row["task_id"],
+            "task_title": row["title"],
+            "session_id": row["session_id"],
+            "asked_by": row["author"],
+            "version": row["version"],
+            "plan": loads(row["plan"]),
+        }
+        for row in found
+    ]
+
+
+def count(project_ids: list[str]) -> int:
+    """How many things wait for a person."""
+    among = _among(project_ids)
+    found = one(
+        f"SELECT (SELECT COUNT(*) FROM intervention WHERE project_id IN {among}"
+        " AND status = 'pending') +"
+        f" (SELECT COUNT(*) FROM task WHERE project_id IN {among} AND status = 'plan_review')"
+        " AS n",
+        [*project_ids, *project_ids],
+    )
+    return found["n"]
+
+
+def _among(ids: list[str]) -> str:
+    return f"({', '.join('?' * len(ids))})"
+
+
 def get_intervention(caller: Caller, ref: str) -> dict:
     """An intervention's row by id or unique prefix."""
     return find("intervention", caller, ref)

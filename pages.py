@@ -26,6 +26,7 @@ from flask import (
 
 import auth
 import cascade
+import inbox
 import reading
 import servers
 import sessions
@@ -116,6 +117,10 @@ def scope() -> list[str]:
     """Ids of the projects this page is about. Raises NotFound for one that cannot be seen."""
     if request.args.get("project") and not chosen():
         raise NotFound(f"No project {request.args['project']!r} is visible to you.")
+    return _project_ids()
+
+
+def _project_ids() -> list[str]:
     return [chosen()["id"]] if chosen() else [p["id"] for p in visible()]
 
 
@@ -138,6 +143,8 @@ def _shared() -> dict:
         "here": _here(),
         "last_event": g.get("last_event") or (reading.last_event_id() if me else 0),
         "event_types": " ".join(WORDS),
+        "inbox_types": " ".join(INBOX_TYPES),
+        "waiting_count": inbox.count(_project_ids()) if me else 0,
     }
 
 
@@ -173,6 +180,7 @@ def go(where: str):
 # ── what forms hold ───────────────────────────────────────────────────────────────────────────
 
 NAME_MOST, TITLE_MOST, SPEC_MOST = 100, 1000, 1_000_000  # the same as in the API
+ANSWER_MOST = 50_000
 
 
 def _text(field: str, most: int) -> str | None:
@@ -297,7 +305,6 @@ def overview():
         waiting=reading.tasks_json(_waiting(ids)),
         finished=reading.tasks_json(_finished(ids)),
         sessions=sessions.list_sessions(ids)[:20],
-        asked=sum(t["status"] in ("needs_human", "plan_review") for t in at_work),
         any_task=bool(reading.list_tasks(ids, limit=1)[0]),
     )
 
@@ -346,6 +353,69 @@ def create_project():
     return go(url_for("pages.overview", project=None if first else made["id"]))
 
 
+# ── what waits for a person ───────────────────────────────────────────────────────────────────
+
+# The events that may change what waits.
+INBOX_TYPES = (
+    *("task_needs_human", "intervention_responded", "task_plan_submitted"),
+    *("task_plan_approved", "task_plan_revision", "task_completed", "task_failed"),
+    *("task_cancelled", "task_released"),
+)
+DECISIONS = ("intervention_responded", "task_plan_approved", "task_plan_revision")
+DECIDED_SHOWN = 5
+
+
+@bp.get("/inbox")
+def waiting():
+    """Everything that waits for a person, oldest first, to be answered in place."""
+    return show("inbox.html", items=inbox.waiting(scope()), decided=_named(_decided(scope())))
+
+
+def _decided(ids: list[str]) -> list[dict]:
+    """The newest answers and decisions, by the newest part of the event log."""
+    found = rows(
+        f"SELECT * FROM event WHERE id > ? AND type IN {_among(DECISIONS)}"
+        f" AND project_id IN {_among(ids)} ORDER BY id DESC LIMIT ?",
+        [reading.last_event_id() - RECENT_EVENTS, *DECISIONS, *ids, DECIDED_SHOWN],
+    )
+    return [event_json(row) for row in found]
+
+
+@bp.get("/inbox/count")
+def waiting_count():
+    """How much that is, for the mark that every page carries."""
+    return render_template("_waiting.html")
+
+
+@bp.post("/inbox/<ref>/answer")
+def answer(ref):
+    """Answer a question; the first answer counts."""
+    inbox.answer(person(), ref, _text("response", ANSWER_MOST) or "")
+    return done(url_for("pages.waiting"))
+
+
+@bp.post("/inbox/plans/<ref>/approve")
+def approve_plan(ref):
+    """Let the worker do what it plans."""
+    inbox.approve(person(), ref, _text("comment", ANSWER_MOST), _version())
+    return done(url_for("pages.waiting"))
+
+
+@bp.post("/inbox/plans/<ref>/revise")
+def revise_plan(ref):
+    """Send the plan back with what should be different."""
+    inbox.revise(person(), ref, _text("feedback", ANSWER_MOST) or "", _version())
+    return done(url_for("pages.waiting"))
+
+
+def _version() -> int:
+    """The version of the plan that the person has read: no other one is decided on."""
+    given = request.form.get("version", "")
+    if not re.fullmatch("[0-9]{1,9}", given):
+        raise Invalid("The form does not say which version of the plan was read.", field="version")
+    return int(given)
+
+
 # ── servers ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -369,7 +439,7 @@ def registration():
         page,
         token=made["token"],
         expires_at=made["expires_at"],
-        commands=auth.install_commands(made["token"]),
+        commands=auth.install_commands(made["token"], web.hub_url()),
         for_project=project,
         **_arrival(made["id"]),
     )

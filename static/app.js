@@ -23,7 +23,19 @@
   Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, element) =>
     !(name === "open" && element.matches("details, dialog"));
   Idiomorph.defaults.callbacks.beforeNodeMorphed = (old) =>
-    !(old instanceof Element && old.matches(".notice:not(:empty)"));
+    !(old instanceof Element && (old.matches(".notice:not(:empty)") || isBegun(old)));
+
+  // A text that somebody has begun to write.
+  function isBegun(element) {
+    return element.matches("textarea") && element.value !== element.defaultValue;
+  }
+
+  // The tab says how much waits.
+  const title = document.title;
+  function tellTitle() {
+    const count = Number(document.getElementById("waiting-count")?.dataset.count);
+    document.title = count ? `(${count}) ${title}` : title;
+  }
 
   async function copy(button) {
     const field = document.getElementById(button.dataset.copy);
@@ -104,8 +116,12 @@
     noticeFor(requestConfig).textContent = "The hub did not answer: nothing is known to have changed. Try again.";
   });
 
-  document.addEventListener("htmx:afterSwap", () => localise(document));
+  document.addEventListener("htmx:afterSwap", () => {
+    localise(document);
+    tellTitle();
+  });
   localise(document);
+  tellTitle();
   document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
   if (window.location.hash && showDialog(window.location.hash.slice(1))) {
     window.history.replaceState(null, "", window.location.pathname + window.location.search);

@@ -1,13 +1,15 @@
 // One stream of events for the page; the parts of it that an event touches are fetched again.
 //
 // A part says what touches it: data-live="task server" (kinds of thing, or "any") and
-// data-live-ids="…" (ids of things). However many events come, a part is fetched at once, then at
+// data-live-ids="…" (ids of things), data-live-types="…" (types of events); data-live-hidden: even
+// while nobody sees the page. However many events come, a part is fetched at once, then at
 // most every PAUSE ms, and the last event always counts; hx-sync keeps one request in flight.
 "use strict";
 
 (() => {
   const PAUSE = 150;
   const KINDS = ["task", "session", "server"];
+  const LIVE = "[data-live], [data-live-types]";
   const source = document.querySelector('meta[name="events"]');
   const status = document.getElementById("link");
   const parts = new WeakMap(); // part: {timer, last, stale}
@@ -17,6 +19,7 @@
     const ids = (part.dataset.liveIds || "").split(" ").filter(Boolean);
     const about = [event.task_id, event.cause_task_id, event.session_id, event.server_id];
     if (ids.some((id) => about.includes(id))) return true;
+    if ((part.dataset.liveTypes || "").split(" ").includes(event.type)) return true;
     const kinds = (part.dataset.live || "").split(" ");
     return (
       kinds.includes("any") ||
@@ -33,7 +36,7 @@
     state.timer = setTimeout(() => {
       state.timer = null;
       if (!part.isConnected) return;
-      if (document.hidden) {
+      if (document.hidden && !("liveHidden" in part.dataset)) {
         state.stale = true;
         return;
       }
@@ -43,12 +46,12 @@
   }
 
   function refreshAll() {
-    for (const part of document.querySelectorAll("[data-live]")) refresh(part);
+    for (const part of document.querySelectorAll(LIVE)) refresh(part);
   }
 
   function hear(message) {
     const event = JSON.parse(message.data);
-    for (const part of document.querySelectorAll("[data-live]")) {
+    for (const part of document.querySelectorAll(LIVE)) {
       if (touches(event, part)) refresh(part);
     }
     document.body.dispatchEvent(new CustomEvent("orchestratia:event", { detail: event }));
@@ -91,7 +94,7 @@
 
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) return;
-    for (const part of document.querySelectorAll("[data-live]")) {
+    for (const part of document.querySelectorAll(LIVE)) {
       const state = parts.get(part);
       if (!state?.stale) continue;
       state.stale = false;

@@ -558,10 +558,10 @@ REQUESTS = [
         {"server_id": "dev", "name": "w", "working_dir": "/srv", "command": ["sh", "-c", "x"]},
     ),
     (
-        "session start dev --profile claude",
+        "session start dev --profile claude --task 4f2a",
         "POST",
         "sessions",
-        {"server_id": "dev", "profile": "claude"},
+        {"server_id": "dev", "profile": "claude", "task_id": "4f2a"},
     ),
     ("session close w --force", "POST", "sessions/w/close", {"force": True}),
     ("session show %C3%BC?&", "GET", "sessions/%25C3%25BC%3F%26", None),

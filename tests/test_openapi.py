@@ -24,7 +24,7 @@ CHECKS = [
     content_type_conformance,
     response_schema_conformance,
 ]
-EXAMPLES = 10  # of each operation and credential
+EXAMPLES, FEW = 10, 2  # of each operation and credential
 ENDLESS = "/api/v1/events/stream"  # has tests of its own
 WAITING = "/api/v1/server/poll"  # may answer after many seconds: `wait` is taken out
 OLDER = "/api/v1/server/"  # mostly the same views, as older clients spell them
@@ -125,19 +125,19 @@ def known(world, path: str) -> list[str]:
 def test_whatever_is_sent_the_answer_is_one_of_those_described(app, shop, caller):
     headers = caller(shop)
     schema = schemathesis.openapi.from_wsgi("/openapi.json", app)
-    asked, done, wrong = 0, set(), []
+    asked, wrong = 0, []
+    turned_away = caller in (nobody, made_up)
     for found in schema.get_all_operations():
         operation = found.ok()
         if operation.path != ENDLESS:
             asked += 1
+            count = FEW if turned_away or operation.path.startswith(OLDER) else EXAMPLES
             try:
-                if ask(operation, headers, known(shop, operation.path)):
-                    done.add(operation.label)
+                ask(operation, headers, known(shop, operation.path), count)
             except Exception as error:
                 wrong.append(f"{operation.label}: {_sentences(error)}")
     assert asked > 120
     assert not wrong, "\n".join(wrong)
-    print(len(done), sorted(done))
 
 
 def _sentences(error: BaseException) -> str:
@@ -147,10 +147,8 @@ def _sentences(error: BaseException) -> str:
     return "; ".join([*(f"{type(one).__name__}: {one}"[:600] for one in found), *notes])
 
 
-def ask(operation, headers: dict, refs: list[str]) -> bool:
-    """Send requests, and hold the answers against the document; whether one was done as asked."""
-    done = []
-    count = 2 if operation.path.startswith(OLDER) else EXAMPLES
+def ask(operation, headers: dict, refs: list[str], count: int) -> None:
+    """Send requests, and hold the answers against the document."""
 
     @hypothesis.settings(
         max_examples=count,
@@ -168,7 +166,5 @@ def ask(operation, headers: dict, refs: list[str]) -> bool:
             case.body.pop("wait", None)
         answer = case.call(headers=headers)
         case.validate_response(answer, checks=CHECKS)
-        done.append(answer.status_code < 300)
 
     run()
-    return any(done)

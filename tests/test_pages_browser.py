@@ -160,10 +160,10 @@ def test_an_empty_hub_says_what_to_do_and_it_works(hub, page):
     arrival = page.locator("#arrival")
     expect(arrival).to_contain_text("waiting for the server to register")
     token = page.get_by_label("Registration token").input_value()
-    command = page.get_by_label("Register it").input_value()
+    command = page.get_by_label("Installs everything").input_value()
     assert token.startswith("orcreg_") and token in command
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page.locator("[data-copy=command-register]").click()
+    page.locator("[data-copy=command-script]").click()
     assert page.evaluate("navigator.clipboard.readText()") == command
     live(page)
     key = hub.api("POST", "servers/register", {"name": "dev", "registration_token": token})
@@ -639,3 +639,99 @@ def drawn(name: str, *ups: str) -> dict:
         "target_repo": None,
         "dependencies": [link | {"depends_on_task_id": up} for up in ups],
     }
+
+
+# ── the inbox ─────────────────────────────────────────────────────────────────────────────────
+
+
+def at_work(hub, key: str, title: str) -> str:
+    made = task(hub, title, command=["make"], auto_assign=True)["id"]
+    hub.api("POST", f"tasks/{made}/start", {}, key=key)
+    return made
+
+
+def ask(hub, key: str, task_id: str, question: str, **more) -> str:
+    return hub.api("POST", f"tasks/{task_id}/help", {"question": question} | more, key=key)["id"]
+
+
+def test_a_question_is_answered_in_the_inbox(hub, page):
+    hub.api("POST", "projects", {"name": "shop"})
+    key = serve(hub, repos={})
+    page.goto("/inbox")
+    expect(page.get_by_text("Nothing waits for you.")).to_be_visible()
+    expect(page).to_have_title("Inbox · Orchestratia")
+    live(page)
+    asked_in = at_work(hub, key, "Sign-in")
+    question = ask(hub, key, asked_in, f"JWT or cookies? {HOSTILE}", context=HOSTILE)
+    item = page.locator(f"#wait-{question}")
+    expect(item).to_contain_text("JWT or cookies? <script>")
+    expect(page).to_have_title("(1) Inbox · Orchestratia")
+    expect(page.locator("#waiting-count")).to_be_visible()
+    item.get_by_label("Your answer").fill("JWT")
+    ask(hub, key, at_work(hub, key, "Cart"), "Redis?")  # what is being written stays
+    expect(page).to_have_title("(2) Inbox · Orchestratia")
+    expect(item.get_by_label("Your answer")).to_have_value("JWT")
+    item.get_by_role("button", name="Answer").click()
+    expect(item).to_have_count(0)
+    expect(page.get_by_text("question answered by admin: Sign-in")).to_be_visible()
+    expect(page).to_have_title("(1) Inbox · Orchestratia")
+    assert hub.api("GET", f"interventions/{question}")["response"] == "JWT"
+    assert hub.api("GET", f"tasks/{asked_in}")["status"] == "running"
+    assert page.evaluate("window.owned") is None
+
+
+def test_what_is_answered_elsewhere_disappears_saying_by_whom(hub, page):
+    hub.api("POST", "projects", {"name": "shop"})
+    key = serve(hub, repos={})
+    question = ask(hub, key, at_work(hub, key, "Cart"), "Redis?")
+    page.goto("/inbox")
+    live(page)
+    expect(page.locator(f"#wait-{question}")).to_be_visible()
+    hub.api(
+        "POST", "users", {"username": "olga", "password": PASSWORD, "roles": {"shop": "operator"}}
+    )
+    login = {"username": "olga", "password": PASSWORD}
+    token = hub.api("POST", "auth/login", login)["token"]
+    hub.api("POST", f"interventions/{question}/respond", {"response": "Yes"}, token=token)
+    expect(page.locator(f"#wait-{question}")).to_have_count(0, timeout=1000)
+    expect(page.get_by_text("question answered by olga: Cart")).to_be_visible()
+
+
+def test_a_plan_is_sent_back_then_approved(hub, page):
+    hub.api("POST", "projects", {"name": "shop"})
+    key = serve(hub, repos={})
+    planned = task(hub, "Importer", command=["make"])["id"]
+    hub.api("POST", f"tasks/{planned}/assign", {"server": "dev", "require_plan": True})
+    plan = {"summary": "Two steps", "steps": ["read", "write"]}
+    hub.api("POST", f"tasks/{planned}/plan", {"plan": plan}, key=key)
+    page.goto("/inbox")
+    live(page)
+    first = page.locator(f"#wait-{planned}-1")
+    expect(first.get_by_role("listitem")).to_have_text(["read", "write"])
+    first.get_by_role("button", name="Send it back").click()  # without a word it is not sent
+    expect(first).to_be_visible()
+    first.get_by_label("What should be different").fill("validate, too")
+    first.get_by_role("button", name="Send it back").click()
+    expect(first).to_have_count(0)
+    assert hub.api("GET", f"tasks/{planned}")["plan_feedback"] == "validate, too"
+    hub.api("POST", f"tasks/{planned}/plan", {"plan": "read\nvalidate\nwrite"}, key=key)
+    second = page.locator(f"#wait-{planned}-2")
+    expect(second).to_contain_text("version 2")
+    second.get_by_role("button", name="Approve the plan").click()
+    expect(second).to_have_count(0)
+    expect(page.get_by_text("plan approved by admin: Importer")).to_be_visible()
+    assert hub.api("GET", f"tasks/{planned}")["status"] == "running"
+
+
+def test_a_viewer_sees_what_waits_and_cannot_answer(hub, open_browser):
+    hub.api("POST", "projects", {"name": "shop"})
+    key = serve(hub, repos={})
+    question = ask(hub, key, at_work(hub, key, "Cart"), "Redis?")
+    hub.api(
+        "POST", "users", {"username": "vera", "password": PASSWORD, "roles": {"shop": "viewer"}}
+    )
+    token = hub.api("POST", "auth/login", {"username": "vera", "password": PASSWORD})["token"]
+    page = open_browser(token)
+    page.goto("/inbox")
+    expect(page.locator(f"#wait-{question}")).to_contain_text("Redis?")
+    expect(page.get_by_role("button", name="Answer")).to_have_count(0)
