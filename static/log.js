@@ -167,4 +167,5 @@
     if (event.detail.type?.startsWith("session_log")) marksStale = true;
     schedule();
   });
+  step(); // a part may have been opened before this script was there
 })();
