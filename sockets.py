@@ -41,6 +41,7 @@ FRAMES_MOST = 2000
 WAITING_BYTES = 4 * 1024 * 1024  # of frames for the moment that an agent has not taken yet
 AGENT_MOST = 32 * 1024 * 1024  # bytes in one message of an agent
 HELLO_S = 10.0  # until somebody who connects has said who they are
+UNANSWERED = {"log_ack", "spool_ack"}  # nobody waits for what an agent says to these
 LINGER_S = 1.0  # a sending thread waits so long for more before it ends
 
 
@@ -200,6 +201,8 @@ class SocketLink(Link):
     def _send_all(self) -> None:
         try:
             while frames := self._next():
+                if any(frame["type"] not in UNANSWERED for frame in frames):
+                    self._connection.expect_answer()
                 send(self._connection, frames)
         except ConnectionClosed:
             self._connection.close()

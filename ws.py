@@ -6,11 +6,12 @@ pings, and closing from any thread. Works with cooperative threads and with real
 """
 
 import logging
+import select
+import sys
 import threading
 import time
 import weakref
 from base64 import b64decode
-from collections import deque
 from contextlib import suppress
 from functools import partial, wraps
 from socket import SHUT_RDWR, SHUT_WR
@@ -37,8 +38,7 @@ REASON_MOST = 120  # bytes of a reason in a close frame (RFC 6455: 123)
 YIELD_EVERY = 8  # messages of one peer after which others get their turn
 TURN_S = 1e-9  # to sleep 0 s lets only those run who are ready; with this, input is looked for too
 AT_ONCE = 32  # readers in the background whose turn it is at the same moment
-MOMENT_S = 0.005
-ANSWERING_S = 1.0  # so long after it was sent something, what a peer says may be the answer
+ANSWERING_S = 1.0  # so long after it was asked, what a peer says may be the answer
 PONGS_MOST = 100  # that wait to be sent; a peer must not expect one for each ping (RFC 6455, 5.5.3)
 
 
@@ -56,47 +56,69 @@ def text_frame(payload: bytes) -> bytes:
     return Frame(Opcode.TEXT, payload).serialize(mask=False)
 
 
-class _Turns:
-    """Turns of readers at whose connections nobody waits: a few at once, and then input is looked
-    for. However many peers say something at the same moment, a keystroke waits for few of them."""
+class _Background:
+    """Readers at whose connections nobody waits. They do not wait at their sockets but here, for a
+    turn: a few at once, and then other input is looked for. However many peers say something at
+    the same moment, a keystroke waits for few of them."""
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._waiting: deque[threading.Lock] = deque()
-        self._moment = 0.0
-        self._taken = 0  # turns at this moment
-        self._ushering = False
+        self._turns: dict[int, threading.Lock] = {}  # by file descriptor
+        self._epoll = None
 
-    def take(self) -> None:
-        """Wait for a turn, when many have had theirs just now."""
-        with self._lock:
-            if not self._ushering and time.monotonic() - self._moment > MOMENT_S:
-                self._moment, self._taken = time.monotonic(), 0
-            if self._taken < AT_ONCE:
-                self._taken += 1
-                return
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
-            begins, self._ushering = not self._ushering, True
-        if begins:
-            threading.Thread(target=self._usher, name="turns", daemon=True).start()
+    def wait(self, wire: "Wire", seconds: float) -> None:
+        """Until the wire has something to read and its turn has come, or somebody waits for it.
+        Raises TimeoutError."""
+        fd, turn = wire.fileno(), threading.Lock()
         turn.acquire()
+        with self._lock:
+            if wire.awaited():
+                return
+            self._turns[fd] = turn
+            self._arm(fd)
+        if not turn.acquire(timeout=seconds):
+            with self._lock:
+                self._turns.pop(fd, None)
+            raise TimeoutError
+
+    def _arm(self, fd: int) -> None:
+        if self._epoll is None:
+            self._epoll = _EPOLL()
+            threading.Thread(target=self._usher, name="turns", daemon=True).start()
+        try:
+            self._epoll.modify(fd, _READABLE_ONCE)
+        except FileNotFoundError:  # a new connection, whatever number it has
+            self._epoll.register(fd, _READABLE_ONCE)
+
+    def hurry(self, fd: int) -> None:
+        """Somebody waits for what comes there: it is read at once."""
+        with self._lock:
+            turn = self._turns.pop(fd, None)
+        if turn:
+            turn.release()
 
     def _usher(self) -> None:
+        readable = select.poll()
+        readable.register(self._epoll.fileno(), select.POLLIN)
         while True:
+            readable.poll()
+            for fd, _ in self._epoll.poll(0, AT_ONCE):
+                self.hurry(fd)
             time.sleep(TURN_S)
-            with self._lock:
-                self._taken = min(AT_ONCE, len(self._waiting))
-                self._ushering = bool(self._waiting)
-                if not self._ushering:
-                    return
-                turns = [self._waiting.popleft() for _ in range(self._taken)]
-            for turn in turns:
-                turn.release()
 
 
-_turns = _Turns()
+def _original_epoll():
+    """The system's epoll, which cooperative threads hide; None where there is none."""
+    monkey = sys.modules.get("gevent.monkey")
+    try:
+        return monkey.get_original("select", "epoll") if monkey else select.epoll
+    except AttributeError:
+        return None
+
+
+_EPOLL = _original_epoll()
+_READABLE_ONCE = 0x001 | 0x2000 | 1 << 30  # EPOLLIN, EPOLLRDHUP, EPOLLONESHOT (sys/epoll.h)
+_background = _Background()
 
 
 class Wire:
@@ -121,7 +143,7 @@ class Wire:
         self._parts: tuple[Opcode, bytearray] | None = None
         self._taken = 0
         self._background = False
-        self._spoke = 0.0
+        self._asked = 0.0  # when somebody began to wait for an answer
         self._closed = False  # we have said farewell, or it has ended
         self._ended = False
         self.heard = time.monotonic()
@@ -134,8 +156,21 @@ class Wire:
         self._protocol.max_message_size = size
 
     def stay_in_background(self) -> None:
-        """Nobody waits for what this peer says, unless it was sent something just before."""
-        self._background = True
+        """Nobody waits for what this peer says, unless `expect_answer` was called just before."""
+        self._background = _EPOLL is not None
+
+    def expect_answer(self) -> None:
+        """Somebody waits for what the peer says to that which is sent next."""
+        self._asked = time.monotonic()
+        if self._background:
+            _background.hurry(self.fileno())
+
+    def awaited(self) -> bool:
+        """Whether somebody waits for what the peer says."""
+        return time.monotonic() - self._asked < ANSWERING_S
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
 
     def limit_silence(self, seconds: float) -> None:
         """How long `receive` waits before it pings; also the longest a send may be stuck."""
@@ -185,6 +220,8 @@ class Wire:
     def _read(self, ping: bool = True) -> None:
         self._check_open()
         try:
+            if self._background and not self.awaited():
+                _background.wait(self, self._sock.gettimeout())
             data = self._sock.recv(RECV_BYTES)
         except TimeoutError:
             if ping:
@@ -193,8 +230,6 @@ class Wire:
         except OSError:
             data = b""
         self.heard = time.monotonic()
-        if self._background and self.heard - self._spoke > ANSWERING_S:
-            _turns.take()
         self._parse(data)
         if not self._messages:
             time.sleep(TURN_S)  # however much it was, it was nothing one waits for
@@ -256,7 +291,6 @@ class Wire:
         try:
             with self._sending:
                 self._check_open()  # nothing follows a farewell
-                self._spoke = time.monotonic()
                 self._sock.sendall(data)
         except OSError as error:  # gone, or stuck for too long in the middle of a frame
             self._end()
