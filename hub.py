@@ -32,6 +32,12 @@ import live
 import logs
 import models
 import pages
+import pages_events
+import pages_pipelines
+import pages_servers
+import pages_sessions
+import pages_settings
+import pages_tasks
 import servers
 import sessions
 import sockets
@@ -42,6 +48,8 @@ import ws
 
 log = logging.getLogger("orchestratia.hub")
 HERE = Path(__file__).parent
+# Importing them adds their views to the one blueprint of the pages.
+PAGES = (pages_tasks, pages_pipelines, pages_servers, pages_sessions, pages_settings, pages_events)
 
 # (name, default, help). From flags, then ORCHESTRATIA_<NAME>, then hub.yaml in the data directory.
 SETTINGS = (

@@ -11,12 +11,12 @@ import auth
 import cascade
 import inbox
 import models
-import pages
 import reading
 import servers
 import sessions
 import tasks
 import wire
+import words
 from auth import HUB
 from conftest import ROOT
 from models import Conflict, Forbidden, Invalid, NotFound, transaction
@@ -878,7 +878,7 @@ def test_every_event_of_the_inbox_has_its_words():
     source = (ROOT / "inbox.py").read_text()
     said = set(re.findall(r'_say\(tx, \w+, "(\w+)"', source))
     assert {"task_needs_human", "intervention_responded", "task_note_added"} == said
-    assert said <= set(pages.WORDS)
+    assert said <= set(words.WORDS)
 
 
 def test_every_command_of_the_inbox_can_be_sent():

@@ -11,6 +11,8 @@ import pytest
 from playwright.sync_api import expect
 
 import pages
+import picture
+import words
 from conftest import PASSWORD, ROOT, AgentProcess
 
 HOSTILE = (
@@ -601,15 +603,15 @@ def test_every_event_has_its_words():
         for table in re.findall(r"EVENT_OF = \{(.*?)\}", source, re.S):
             emitted |= set(re.findall(r': "(\w+)"', table))
     assert len(emitted) > 25
-    assert emitted <= set(pages.WORDS)
+    assert emitted <= set(words.WORDS)
 
 
 def test_an_event_with_missing_details_still_reads():
-    for kind in pages.WORDS:
-        assert pages.said({"type": kind, "details": {}})
-    assert pages.said({"type": "moon_landed", "details": {}}) == "moon landed"
+    for kind in words.WORDS:
+        assert words.said({"type": kind, "details": {}})
+    assert words.said({"type": "moon_landed", "details": {}}) == "moon landed"
     braces = {"type": "task_failed", "details": {"attempt": 1, "error": "{actor.__class__}"}}
-    assert pages.said(braces) == "attempt 1 failed: {actor.__class__}"
+    assert words.said(braces) == "attempt 1 failed: {actor.__class__}"
 
 
 @pytest.mark.parametrize(
@@ -617,17 +619,17 @@ def test_an_event_with_missing_details_still_reads():
     [("short", 5, "short"), ("longer", 5, "long…"), ("検索エンジン", 6, "検索…"), ("", 3, "")],
 )
 def test_titles_are_cut_to_the_columns_they_take(text, width, shown):
-    assert pages.cut(text, width) == shown
+    assert picture.cut(text, width) == shown
 
 
 def test_a_task_is_drawn_right_of_all_it_waits_for():
     shown = [drawn("a"), drawn("b", "a"), drawn("c", "b"), drawn("d", "a", "c"), drawn("e")]
-    graph = pages.draw(shown, {"a": "T1"})
+    graph = picture.draw(shown, {"a": "T1"})
     at = {node["task"]["id"]: node["x"] for node in graph["nodes"]}
     assert at["a"] == at["e"] < at["b"] < at["c"] < at["d"]
     assert len(graph["edges"]) == 4
     assert len({(node["x"], node["y"]) for node in graph["nodes"]}) == 5
-    assert pages.draw([], {})["nodes"] == []
+    assert picture.draw([], {})["nodes"] == []
 
 
 def drawn(name: str, *ups: str) -> dict:

@@ -1,0 +1,132 @@
+"""States and events in plain words, each with its shape and tone."""
+
+# state of a task, server or session: (shape in _shapes.html, tone in app.css)
+STATES = {
+    "blocked": ("bars", "quiet"),
+    "ready": ("ring", "live"),
+    "not assigned": ("dashed", "quiet"),
+    "pending": ("dashed", "quiet"),
+    "assigned": ("half", "live"),
+    "planning": ("diamond", "live"),
+    "plan_review": ("diamond-full", "warn"),
+    "running": ("play", "live"),
+    "needs_human": ("triangle", "warn"),
+    "done": ("check", "good"),
+    "failed": ("cross", "bad"),
+    "cancelled": ("slash", "quiet"),
+    "online": ("disc", "good"),
+    "offline": ("cross", "bad"),
+    "draining": ("half", "warn"),
+    "revoked": ("slash", "quiet"),
+    "starting": ("dashed", "live"),
+    "active": ("disc", "good"),
+    "disconnected": ("triangle", "warn"),
+    "recovering": ("half", "warn"),
+    "lost": ("cross", "bad"),
+    "closed": ("square", "quiet"),
+}
+
+
+def _assignee_or_fields(event: dict) -> str:
+    if event["details"].get("assignee"):
+        return f"meant for {event['details']['assignee']} once it is free"
+    return f"changed: {', '.join(event['details'].get('changed', ()))}"
+
+
+def _completed(event: dict) -> str:
+    summary = (event["details"].get("result") or {}).get("summary")
+    return f"done: {summary}" if summary else "done"
+
+
+def _dependency(verb: str):
+    def sentence(event: dict) -> str:
+        details = event["details"]
+        key = f" (input {details['key']})" if details.get("key") else ""
+        return f"{verb} {details.get('title', 'a task')}{key}"
+
+    return sentence
+
+
+def _resolved(event: dict) -> str:
+    cause = event.get("cause") or "a task it waited for"
+    if key := event["details"].get("key"):
+        return f"input {key} has arrived from {cause}"
+    return f"no longer waits for {cause}"
+
+
+def _ended(event: dict) -> str:
+    code = event["details"].get("exit_code")
+    return "session closed" if code is None else f"session closed, exit code {code}"
+
+
+# type of an event: (shape, tone, what happened: a text with the fields of its details, or a
+# function of the event). live.js listens for exactly these types.
+WORDS = {
+    "task_created": ("ring", "quiet", "created"),
+    "task_assigned": ("half", "live", "given to {agent}"),
+    "task_auto_assigned": ("half", "live", "given to {agent}, who fits best ({score} points)"),
+    "task_planning": ("diamond", "live", "the worker is planning"),
+    "task_plan_submitted": ("diamond-full", "warn", "plan handed in"),
+    "task_plan_approved": ("check", "good", "plan approved"),
+    "task_plan_revision": ("diamond", "live", "plan sent back"),
+    "task_started": ("play", "live", "attempt {attempt} started"),
+    "task_needs_human": ("triangle", "warn", "waits for a person"),
+    "intervention_responded": ("check", "good", "question answered"),
+    "permission_requested": ("triangle", "warn", "asks for a permission"),
+    "permission_answered": ("check", "good", "permission answered"),
+    "task_note_added": ("square", "quiet", "note added"),
+    "task_updated": ("square", "quiet", _assignee_or_fields),
+    "task_completed": ("check", "good", _completed),
+    "task_failed": ("cross", "bad", "attempt {attempt} failed: {error}"),
+    "task_cancelled": ("slash", "quiet", "cancelled"),
+    "task_retried": ("ring", "live", "opened again as attempt {next_attempt}"),
+    "task_released": ("ring", "warn", "taken back, {why}; attempt {next_attempt} is next"),
+    "task_status_update": ("square", "quiet", "{status}: told to the session that ordered it"),
+    "late_report": ("triangle", "warn", "late report on attempt {attempt} ({said}) kept"),
+    "contract_fulfilled": ("check", "good", "contract {key} delivered"),
+    "contract_amended": ("check", "good", "contract {key} supplied by hand"),
+    "dependency_added": ("bars", "quiet", _dependency("depends on")),
+    "dependency_removed": ("bars", "quiet", _dependency("no longer depends on")),
+    "dependency_resolved": ("check", "quiet", _resolved),
+    "task_unblocked": ("ring", "live", "no longer blocked"),
+    "session_requested": ("dashed", "quiet", "session asked for"),
+    "session_started": ("dashed", "live", "session started"),
+    "session_active": ("disc", "good", "session active"),
+    "session_recovered": ("half", "warn", "session recovered"),
+    "session_closed": ("square", "quiet", _ended),
+    "session_disconnected": ("triangle", "warn", "session out of sight: its server is away"),
+    "session_lost": ("cross", "bad", "session lost: {reason}"),
+    "session_failed": ("cross", "bad", "session did not start: {error}"),
+    "session_log_gap": ("triangle", "warn", "output is missing from the log: {why}"),
+    "session_log_removed": ("slash", "quiet", "the log has begun to lose its start: {why}"),
+    "server_registered": ("ring", "live", "server registered"),
+    "server_online": ("disc", "good", "server online"),
+    "server_offline": ("cross", "bad", "server offline, silent for {silent_s} s"),
+    "server_draining": ("half", "warn", "server takes no new work"),
+    "server_resumed": ("disc", "good", "server takes work again"),
+    "server_revoked": ("slash", "quiet", "server revoked"),
+    "server_changed": ("square", "quiet", _assignee_or_fields),
+    "registration_token_created": ("square", "quiet", "registration token made"),
+    "project_created": ("square", "quiet", "project {name} created"),
+    "project_changed": ("square", "quiet", _assignee_or_fields),
+    "user_created": ("square", "quiet", "user {username} created"),
+    "user_changed": ("square", "quiet", "user {username} changed"),
+    "user_deleted": ("slash", "quiet", "user {username} deleted"),
+}
+
+
+class _Details(dict):
+    def __missing__(self, key):
+        return "?"
+
+
+def said(event: dict) -> str:
+    """What happened, in plain words; an event from `_named` can name the task that caused it."""
+    _, _, words = WORDS.get(event["type"], ("", "", event["type"].replace("_", " ")))
+    if callable(words):
+        return words(event)
+    return words.format_map(_Details(event["details"]))
+
+
+def shape_of(event: dict) -> tuple[str, str]:
+    return WORDS.get(event["type"], ("square", "quiet", ""))[:2]
