@@ -2992,17 +2992,20 @@ class Attachment:
             raise SystemExit(128 + number)
 
         handlers = {signal.SIGTERM: leave, signal.SIGHUP: leave}
-        handlers[signal.SIGWINCH] = lambda number, frame: self._wake(b"w")
+        handlers[signal.SIGWINCH] = lambda number, frame: None  # its byte is enough
+        # A signal may come after Python last looked and before the wait begins: its byte ends that.
+        alarm = signal.set_wakeup_fd(self.alarm, warn_on_full_buffer=False)
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:
+            signal.set_wakeup_fd(alarm)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _wake(self, why=b"."):
+    def _wake(self):
         with suppress(BlockingIOError):
-            os.write(self.alarm, why)
+            os.write(self.alarm, b"\0")
 
     def _end(self, outcome, problem=None):
         """The first reason to end is the one that counts."""
@@ -3023,7 +3026,7 @@ class Attachment:
         """Waits for a key, a frame that concerns us, a new size, or the end of a notice."""
         inputs = [self.waker] if self.window.input is None else [self.waker, self.window.input]
         ready, _, _ = select.select(inputs, [], [], time_left(self.notice_ends))
-        if self.waker in ready and b"w" in os.read(self.waker, 4096):
+        if self.waker in ready and signal.SIGWINCH in os.read(self.waker, 4096):
             self._fit()
             if not self.size.yours:  # else the session redraws itself
                 self._repaint()
