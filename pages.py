@@ -20,6 +20,7 @@ from flask import (
     request,
     url_for,
 )
+from pydantic import BaseModel, ValidationError
 
 import auth
 import cascade
@@ -231,6 +232,37 @@ def lines_of(field: str) -> list[str]:
     if "\0" in text:
         raise Invalid(f"The {field} holds a NUL character: no program takes that.", field=field)
     return [line for line in text.split("\n") if line]
+
+
+def as_json(text: str, what: str):
+    """The value of a JSON text. Raises Invalid that says where it is wrong."""
+    try:
+        return web.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Invalid(f"The {what} is not JSON: {error}.", field=what) from None
+
+
+def as_object(text: str | None, what: str) -> dict:
+    """The object of a JSON text, empty for none. Raises Invalid."""
+    found = as_json(text, what) if text else {}
+    if not isinstance(found, dict):
+        raise Invalid(f"The {what} is not a JSON object: begin it with {{.", field=what)
+    return found
+
+
+def object_of(field: str) -> dict:
+    """The JSON object in a field of the form, empty for none."""
+    return as_object(text_of(field, SPEC_MOST), field.replace("_", " "))
+
+
+def checked(shape: type[BaseModel], fields: dict) -> dict:
+    """Fields as the API takes them: just those that say something. Raises Invalid."""
+    try:
+        return shape.model_validate(fields).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise Invalid(f"{where or 'The form'}: {first['msg']}.", field=where) from None
 
 
 def choice_of(field: str, allowed: tuple[str, ...]) -> str | None:

@@ -22,12 +22,14 @@ def list_tasks(
     q: str | None = None,
     server_id: str | None = None,
     pipeline_id: str | None = None,
+    priority: str | None = None,
     limit: int = LIST_LIMIT,
     cursor: int | None = None,
 ) -> tuple[list[dict], int | None]:
     """(rows newest first, cursor of the next page or None).
 
-    status: a state, or several with commas between. Raises Invalid for an unknown one.
+    status: a state, or several with commas between. Raises Invalid for an unknown one, and for an
+    unknown priority.
     """
     branches = [{"project_id": project} for project in project_ids]
     if status:
@@ -37,6 +39,11 @@ def list_tasks(
         if value:
             branches = [b | {column: value} for b in branches]
     where, values = [], []
+    if priority:
+        if priority not in PRIORITIES:
+            raise Invalid(f"Unknown priority {priority!r}: use one of {', '.join(PRIORITIES)}.")
+        where.append("priority = ?")
+        values.append(PRIORITIES.index(priority))
     if q:
         where.append("(title LIKE ? ESCAPE '\\' OR spec LIKE ? ESCAPE '\\')")
         like = "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
@@ -316,6 +323,24 @@ def tasks_json(tasks: list[dict]) -> list[dict]:
 
 def task_json(task: dict) -> dict:
     return tasks_json([task])[0] | {"recent_notes": _notes(task["id"], RECENT_NOTES)}
+
+
+def cards(tasks: list[dict]) -> list[dict]:
+    """Task rows as a board shows them: three queries for any number."""
+    names = _names(tasks)
+    return [
+        {
+            "id": task["id"],
+            "project_id": task["project_id"],
+            "title": task["title"],
+            "shown_status": shown_status(task),
+            "priority": PRIORITIES[task["priority"]],
+            "target_repo": loads(task["requirements"]).get("repo"),
+            "assigned_server_name": names.get(task["server_id"] or task["pinned_server"]),
+            "updated_at": iso(task["updated_at"]),
+        }
+        for task in tasks
+    ]
 
 
 def _dependencies(ids: list[str]) -> dict[str, list[dict]]:

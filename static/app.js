@@ -25,10 +25,21 @@
   Idiomorph.defaults.callbacks.beforeNodeMorphed = (old) =>
     !(old instanceof Element && (old.matches(".notice:not(:empty)") || isBegun(old)));
 
-  // A text that somebody has begun to write.
-  function isBegun(element) {
-    return element.matches("textarea") && element.value !== element.defaultValue;
+  // A field that somebody has begun to fill in.
+  function isBegun(field) {
+    if (field.matches("select")) {
+      const standing = [...field.options].findIndex((option) => option.defaultSelected);
+      return field.selectedIndex !== Math.max(standing, 0);
+    }
+    if (field.matches("input[type=checkbox]")) return field.checked !== field.defaultChecked;
+    return field.matches("textarea, input:not([type=hidden])") && field.value !== field.defaultValue;
   }
+
+  // What was done is not done again by mistake.
+  document.addEventListener("htmx:afterRequest", ({ detail }) => {
+    const form = detail.elt.closest("form[data-reset]");
+    if (form && detail.successful && detail.requestConfig.verb !== "get") form.reset();
+  });
 
   // The tab says how much waits.
   const title = document.title;
