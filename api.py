@@ -981,12 +981,13 @@ def respond(ref, json_data: Answer):
 def apply_pipeline(json_data: PipelineIn):
     """Make all tasks of a pipeline, or none."""
     project = auth.pick_project(caller(), json_data.project_id or json_data.project)
-    items = [_pipeline_item(task) for task in json_data.tasks]
+    items = [pipeline_item(task) for task in json_data.tasks]
     made = tasks.create_pipeline(caller(), project, json_data.name, items)
     return reading.pipeline_json(made, with_tasks=True), 201
 
 
-def _pipeline_item(task: PipelineTask) -> dict:
+def pipeline_item(task: PipelineTask) -> dict:
+    """A task of a pipeline as `tasks.create_pipeline` takes it. Raises Invalid."""
     item = given(task)
     for short, full in (("repo", "target_repo"), ("branch", "target_branch")):
         value = item.pop(short, None)

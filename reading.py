@@ -434,6 +434,38 @@ def _whole_spec(task: dict, requirements: dict) -> dict | None:
     return spec
 
 
+def attempts(tasks: list[dict]) -> list[dict]:
+    """What ran of these tasks (rows), and what is at work: {task_id, title, server, state, number,
+    assigned_at, started_at, ended_at}, times in seconds since 1970, None for what is not yet."""
+    known = {t["id"]: t for t in tasks}
+    found = [_at_work(t) for t in tasks if t["assigned_at"] and t["status"] not in cascade.FINAL]
+    for part, marks in in_chunks(list(known)):
+        found += rows(
+            "SELECT task_id, number, server_id, outcome AS state, assigned_at, started_at, ended_at"
+            f" FROM attempt WHERE task_id IN {marks} AND assigned_at IS NOT NULL",
+            part,
+        )
+    names = labels("server", "name", {a["server_id"] for a in found if a["server_id"]})
+    return [
+        a
+        | {
+            "title": known[a["task_id"]]["title"],
+            "server": names.get(a["server_id"]) or "by hand",
+        }
+        for a in found
+    ]
+
+
+def _at_work(task: dict) -> dict:
+    fields = ("server_id", "assigned_at", "started_at")
+    return {name: task[name] for name in fields} | {
+        "task_id": task["id"],
+        "number": task["attempt"],
+        "state": task["status"],
+        "ended_at": None,
+    }
+
+
 def pipeline_json(row: dict, *, with_tasks: bool = False) -> dict:
     counts = dict(
         execute(

@@ -5,6 +5,7 @@ that depends on what the move touches and never on how many tasks there are.
 """
 
 from collections import defaultdict
+from contextlib import suppress
 
 import cascade
 import moves
@@ -83,6 +84,24 @@ def create_pipeline(caller: Caller, project: dict, name: str, items: list[dict])
                 with _naming(item["id"]):
                     _assign_by_name(tx, caller, task, item["assign"], item)
         return one("SELECT * FROM pipeline WHERE id = ?", (pipeline_id,))
+
+
+class _Undone(Exception):
+    pass
+
+
+def try_pipeline(caller: Caller, project: dict, name: str, items: list[dict]) -> dict:
+    """What `create_pipeline` would make, as the API shows it; nothing is made.
+
+    Raises what `create_pipeline` raises.
+    """
+    shown = {}
+    with suppress(_Undone), transaction():
+        shown = reading.pipeline_json(
+            create_pipeline(caller, project, name, items), with_tasks=True
+        )
+        raise _Undone
+    return shown
 
 
 class _naming:

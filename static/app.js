@@ -21,8 +21,7 @@
   // told stays there.
   Idiomorph.defaults.ignoreActiveValue = true;
   Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, element) =>
-    !(name === "open" && element.matches("details, dialog")) &&
-    !(name === "tabindex" && element === document.activeElement); // the cursor stays (keys.js)
+    !(name === "open" && element.matches("details, dialog"));
   Idiomorph.defaults.callbacks.beforeNodeMorphed = (old) =>
     !(old instanceof Element && (old.matches(".notice:not(:empty)") || isBegun(old)));
 
@@ -122,20 +121,6 @@
     noticeFor(requestConfig).replaceChildren();
   });
 
-  // A deed that takes long says so (keys.css shows it after a while).
-  let underWay = 0;
-  function tellBusy(change) {
-    underWay = Math.max(0, underWay + change);
-    const text = underWay ? "The hub is at it…" : "";
-    const place = document.getElementById("busy");
-    if (place.textContent !== text) place.textContent = text;
-  }
-  for (const [name, change] of [["htmx:beforeSend", 1], ["htmx:afterRequest", -1]]) {
-    document.addEventListener(name, ({ detail }) => {
-      if (detail.requestConfig.verb !== "get") tellBusy(change);
-    });
-  }
-
   document.addEventListener("htmx:sendError", (event) => {
     const { requestConfig } = event.detail;
     if (requestConfig.verb === "get") return;
@@ -149,10 +134,7 @@
   localise(document);
   tellTitle();
   document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
-  function openByHash() {
-    if (!window.location.hash || !showDialog(window.location.hash.slice(1))) return;
+  if (window.location.hash && showDialog(window.location.hash.slice(1))) {
     window.history.replaceState(null, "", window.location.pathname + window.location.search);
   }
-  window.addEventListener("hashchange", openByHash);
-  openByHash();
 })();
