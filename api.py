@@ -1156,8 +1156,13 @@ def list_events(query_data: EventPage):
 @bp.get("/events/stream")
 @answers(None, media="text/event-stream")
 def stream_events():
-    """Events as they are committed (SSE); `Last-Event-ID` or `?after=` resumes without loss."""
+    """Events as they are committed (SSE); `Last-Event-ID` or `?after=` resumes without loss.
+
+    `?who=` names the sign-in that the reader has: with another one the stream is refused.
+    """
     who = caller()
+    if request.args.get("who", who.token_id) != who.token_id:
+        raise Unauthorised("Somebody else is signed in in this browser now: reload the page.")
     after = request.headers.get("Last-Event-ID") or request.args.get("after")
     start = min(int(after), BIGGEST) if after and re.fullmatch("[0-9]{1,20}", after) else None
     headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}

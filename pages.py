@@ -6,12 +6,15 @@ changes anything; every POST is one use case of layer 2.
 """
 
 import json
+import math
 import re
+import time
 from collections import defaultdict
 from functools import partial
 
 from apiflask import APIBlueprint
 from flask import (
+    current_app,
     g,
     has_request_context,
     make_response,
@@ -37,6 +40,19 @@ bp = APIBlueprint("pages", __name__, enable_openapi=False)
 OPEN_TO_ALL = frozenset({"pages.login", "pages.sign_in"})
 RECENT_EVENTS = 5000  # how far back the overview looks for what finished
 RECENT_SHOWN = 8
+# What the pages are: name, endpoint, first part of the path, the key after `g`.
+NAV = (
+    ("Overview", "pages.overview", "", "o"),
+    ("Inbox", "pages.waiting", "inbox", "i"),
+    ("Tasks", "pages.task_list", "tasks", "t"),
+    ("Pipelines", "pages.pipeline_list", "pipelines", "p"),
+    ("Graph", "pages.graph", "graph", "g"),
+    ("Servers", "pages.servers", "servers", "v"),
+    ("Sessions", "pages.session_list", "sessions", "s"),
+    ("Events", "pages.event_list", "events", "e"),
+    ("Settings", "pages.settings", "settings", ""),
+    ("API", "pages.docs", "docs", ""),
+)
 
 # ── every page ────────────────────────────────────────────────────────────────────────────────
 
@@ -140,13 +156,54 @@ def _shared() -> dict:
         "last_event": g.get("last_event") or (reading.last_event_id() if me else 0),
         "event_types": " ".join(words.WORDS),
         "inbox_types": " ".join(INBOX_TYPES),
+        "may_add_server": any(auth.can(me, "server.token", p["id"]) for p in visible()),
+        "nav": [entry for entry in NAV if entry[1] in current_app.view_functions],
         "waiting_count": inbox.count(project_ids()) if me else 0,
     }
 
 
+class _Pace:
+    """How long browsers are to wait before they fetch a part of a page again: a short while, and
+    longer the more of the hub's time such parts take. So what happens is seen at once, and many
+    who look at much that happens do not slow down what happens."""
+
+    LEAST_MS, MOST_MS = 25, 2000
+    SHARE = 0.2  # of the time, that may go into parts before browsers are slowed down
+
+    def __init__(self):
+        self._busy = 0.0  # seconds of the last one, the older the less
+        self._at = time.perf_counter()
+
+    def after(self, took: float) -> int:
+        """Milliseconds to wait, when a part has just taken so many seconds."""
+        now = time.perf_counter()
+        self._busy = self._busy * math.exp(self._at - now) + took
+        self._at = now
+        return int(min(self.MOST_MS, self.LEAST_MS * max(1.0, self._busy / self.SHARE) ** 2))
+
+
+_pace = _Pace()
+
+
+def _is_part() -> bool:
+    return request.headers.get("HX-Target") == "live"
+
+
+@bp.before_request
+def _begin():
+    g.began = time.perf_counter()
+
+
+@bp.after_request
+def _set_pace(response):
+    if _is_part():
+        response.headers["X-Live-Pause"] = _pace.after(time.perf_counter() - g.get("began", time.perf_counter()))
+    return response
+
+
 def show(page: str, **values):
     """The page, or just its live part when htmx asks for that."""
-    if request.headers.get("HX-Target") == "live":
+    if _is_part():
         folder, _, name = page.rpartition("/")
         page = f"{folder}/_{name}" if folder else f"_{name}"
     return render_template(page, **values)
@@ -310,7 +367,8 @@ def sign_in():
         path=request.script_root or "/",
         httponly=True,
         samesite="Lax",
-        secure=request.is_secure,
+        # the proxy that speaks TLS talks plainly to us; the browser says what it speaks
+        secure=request.is_secure or request.headers.get("Origin", "").startswith("https://"),
     )
     return response
 
@@ -458,6 +516,54 @@ def _version() -> int:
     if not re.fullmatch("[0-9]{1,9}", given):
         raise Invalid("The form does not say which version of the plan was read.", field="version")
     return int(given)
+
+
+# ── the palette ───────────────────────────────────────────────────────────────────────────────
+
+LOOKED_THROUGH = 2000  # the newest of each kind, of all projects together
+FOUND_MOST = 6  # of each kind
+FINDS = (  # table, condition, name column, state column
+    ("task", "1", "title", "status"),
+    ("pipeline", "1", "name", "''"),
+    ("session", "1", "name", "state"),
+    ("server", "revoked = 0", "name", "''"),
+)
+
+
+@bp.get("/palette")
+def palette():
+    """The newest things whose names fit what is typed, or whose ids begin with it."""
+    typed = request.args.get("q", "").strip()[:NAME_MOST]
+    found = {find[0]: _fitting(typed, *find) for find in FINDS} if typed else {}
+    return render_template("_found.html", found=found, typed=typed)
+
+
+def _fitting(typed: str, table: str, condition: str, name: str, state: str) -> list[dict]:
+    ids = project_ids()
+    each = max(20, LOOKED_THROUGH // (len(ids) or 1))
+    seen = []
+    for project in ids:
+        seen += rows(
+            f"SELECT rowid AS at, id, project_id, substr({name}, 1, 200) AS name, {state} AS state"
+            f" FROM {table} WHERE project_id = ? AND {condition} ORDER BY rowid DESC LIMIT ?",
+            (project, each),
+        )
+    ranked = [(_rank(typed.lower(), row), row) for row in seen]
+    best = [(-rank, -row["at"], row) for rank, row in ranked if rank]
+    return [row for *_, row in sorted(best, key=lambda one: one[:2])[:FOUND_MOST]]
+
+
+def _rank(typed: str, row: dict) -> int:
+    """How well a thing fits: 3 at the start of its name or id, 2 by all the words, 1 by letters in
+    their order, 0 not."""
+    name = row["name"].lower()
+    if name.startswith(typed) or (len(typed) >= 4 and row["id"].startswith(typed.lstrip("#"))):
+        return 3
+    words_typed = typed.split()
+    if all(word in name for word in words_typed):
+        return 2
+    rest = iter(name)
+    return 1 if all(letter in rest for letter in "".join(words_typed)) else 0
 
 
 # ── the API's own page ────────────────────────────────────────────────────────────────────────

@@ -1,9 +1,15 @@
 """What REST, pages and streams share: who calls, whether the request is their own, one shape for
 every error, the headers of every answer."""
 
+import gzip
+import hashlib
+import io
 import json
 import logging
 import math
+import secrets
+from functools import lru_cache
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from apiflask.exceptions import HTTPError
@@ -13,7 +19,7 @@ from werkzeug.exceptions import BadRequest, HTTPException
 
 import auth
 import cascade
-from models import Forbidden, Refused, Unauthorised
+from models import Forbidden, Refused, Unauthorised, offloop
 
 log = logging.getLogger("orchestratia.web")
 
@@ -28,6 +34,7 @@ STATUS = {
 }
 CSP = (
     "default-src 'self'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
+    "worker-src 'self'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
 
@@ -185,10 +192,11 @@ def _rule_broken(error: cascade.RuleBroken):
 def _http_error(error: HTTPException):
     if 300 <= (error.code or 500) < 400:
         return error
+    where = request.script_root + request.path
     names = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
     sentences = {
-        404: f"There is nothing at {request.path}.",
-        405: f"{request.method} is not possible at {request.path}.",
+        404: f"There is nothing at {where}.",
+        405: f"{request.method} is not possible at {where}.",
         413: "The request is too large for this hub.",
     }
     detail = sentences.get(error.code) or error.description or error.name
@@ -225,12 +233,127 @@ def _headers(response):
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
     response.headers.setdefault("Referrer-Policy", "same-origin")
     response.headers.setdefault("X-Frame-Options", "DENY")
-    if not request.path.startswith("/static"):
+    if request.endpoint != "static":
         response.headers.setdefault("Cache-Control", "no-store")
+    elif response.status_code in (200, 304) and _is_current():
+        response.headers["Cache-Control"] = f"public, max-age={YEAR_S}, immutable"
     return response
 
 
+# ── the path of the hub's address ─────────────────────────────────────────────────────────────
+
+
+class Under:
+    """Serves a hub whose address has a path, such as https://host/mission.
+
+    The proxy in front may keep the path in what it passes on or take it away; one that takes it
+    away and says so (X-Forwarded-Prefix) is believed about that, about nothing else.
+    """
+
+    def __init__(self, app, prefix: str):
+        self.app = app
+        self.prefix = prefix
+
+    def __call__(self, environ, start_response):
+        path = environ.get("PATH_INFO", "")
+        taken = environ.get("HTTP_X_FORWARDED_PREFIX", "").rstrip("/") == self.prefix
+        if not taken and f"{path}/".startswith(f"{self.prefix}/"):
+            environ["PATH_INFO"] = path[len(self.prefix) :] or "/"
+        environ["SCRIPT_NAME"] = self.prefix
+        return self.app(environ, start_response)
+
+
+# ── static files and the weight of pages ──────────────────────────────────────────────────────
+
+YEAR_S = 365 * 86400
+SMALL = 1000  # bytes that are not worth compressing
+COMPRESSED = {
+    "text/html",
+    "text/css",
+    "text/javascript",
+    "application/javascript",
+    "application/json",
+    "image/svg+xml",
+}
+_compressed: dict[tuple[str, str], bytes] = {}  # (static file, version): its bytes
+
+
+def _static_file() -> Path:
+    return Path(current_app.static_folder) / (request.view_args or {}).get("filename", "")
+
+
+def _is_current() -> bool:
+    """Whether the address says the version that the file has. Only for a file that was found: what
+    else a path may lead to is not read."""
+    return request.args.get("v", "") == _version(_static_file())
+
+
+def _version(path: Path) -> str | None:
+    """A word that changes with the file; None for what is no file."""
+    try:
+        return _hashed(path, path.stat().st_mtime_ns) if path.is_file() else None
+    except (OSError, ValueError):  # a name no file system takes
+        return None
+
+
+@lru_cache(1000)
+def _hashed(path: Path, _mtime: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def _versioned(endpoint: str, values: dict) -> None:
+    """The address of a static file changes with it, so that it may be kept for a year."""
+    if endpoint == "static" and "filename" in values:
+        values["v"] = _version(Path(current_app.static_folder) / values["filename"])
+
+
+def _compress(response):
+    if response.status_code != 200 or response.mimetype not in COMPRESSED:
+        return response
+    static = request.endpoint == "static"
+    if request.path.startswith("/api/") or (response.is_streamed and not static):
+        return response  # streams, and programs that ask often for little
+    response.vary.add("Accept-Encoding")
+    if "gzip" not in request.accept_encodings or response.content_encoding:
+        return response
+    if request.method == "HEAD" or (response.content_length or 0) < SMALL:
+        return response
+    if static:
+        data = _compressed_file(response)
+    else:
+        data = _gzipped(response.get_data(), secrets.token_hex(secrets.randbelow(64)))
+    response.set_data(data)
+    response.content_encoding = "gzip"
+    return response
+
+
+def _compressed_file(response) -> bytes:
+    path = _static_file()
+    key = str(path), _version(path)
+    if key not in _compressed:
+        response.direct_passthrough = False
+        _compressed[key] = offloop(_gzipped, response.get_data(), "")
+    response.close()
+    response.direct_passthrough = False
+    response.set_etag(response.get_etag()[0], weak=True)  # the same file, in other bytes
+    return _compressed[key]
+
+
+def _gzipped(data: bytes, name: str) -> bytes:
+    """`name` goes into the header: one of random length hides from who measures the traffic how
+    well what they had shown fits the secrets of the page (BREACH)."""
+    into = io.BytesIO()
+    with gzip.GzipFile(name, "wb", 6, into, mtime=0) as file:
+        file.write(data)
+    return into.getvalue()
+
+
 def init_app(app) -> None:
+    prefix = urlsplit(app.config["HUB"]["url"]).path.rstrip("/")
+    app.config["AUTO_SERVERS"] = False  # they would name the scheme and host that the proxy uses
+    app.config["SERVERS"] = [{"url": prefix or "/"}]
+    if prefix:
+        app.wsgi_app = Under(app.wsgi_app, prefix)
     app.request_class = HubRequest
     app.tags = ["Hub", "Work", "Agents"]  # by itself it names one twice that is mounted twice
     app.json = HubJSON(app)
@@ -238,6 +361,8 @@ def init_app(app) -> None:
     app.url_map.merge_slashes = False  # by a redirect, which old clients turn into a GET
     app.before_request(check_own)
     app.after_request(_headers)
+    app.after_request(_compress)
+    app.url_defaults(_versioned)
     app.error_processor(_invalid_request)
     app.register_error_handler(Refused, _refused)
     app.register_error_handler(cascade.RuleBroken, _rule_broken)

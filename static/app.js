@@ -21,7 +21,8 @@
   // told stays there.
   Idiomorph.defaults.ignoreActiveValue = true;
   Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, element) =>
-    !(name === "open" && element.matches("details, dialog"));
+    !(name === "open" && element.matches("details, dialog")) &&
+    !(name === "tabindex" && element === document.activeElement); // the cursor stays (keys.js)
   Idiomorph.defaults.callbacks.beforeNodeMorphed = (old) =>
     !(old instanceof Element && (old.matches(".notice:not(:empty)") || isBegun(old)));
 
@@ -110,6 +111,7 @@
   document.addEventListener("htmx:beforeSwap", (event) => {
     const { xhr, requestConfig } = event.detail;
     if (xhr.status < 400) return;
+    if (!xhr.responseText.includes('class="refusal"')) return tellNoAnswer(event); // a proxy's page
     event.detail.target = noticeFor(requestConfig);
     event.detail.swapOverride = "innerHTML";
     event.detail.shouldSwap = true;
@@ -121,11 +123,26 @@
     noticeFor(requestConfig).replaceChildren();
   });
 
-  document.addEventListener("htmx:sendError", (event) => {
-    const { requestConfig } = event.detail;
+  // A deed that takes long says so (keys.css shows it after a while).
+  let underWay = 0;
+  function tellBusy(change) {
+    underWay = Math.max(0, underWay + change);
+    const text = underWay ? "The hub is at it…" : "";
+    const place = document.getElementById("busy");
+    if (place.textContent !== text) place.textContent = text;
+  }
+  for (const [name, change] of [["htmx:beforeSend", 1], ["htmx:afterRequest", -1]]) {
+    document.addEventListener(name, ({ detail }) => {
+      if (detail.requestConfig.verb !== "get") tellBusy(change);
+    });
+  }
+
+  // What is only read is read again when the hub is back (live.js).
+  function tellNoAnswer({ detail: { requestConfig } }) {
     if (requestConfig.verb === "get") return;
     noticeFor(requestConfig).textContent = "The hub did not answer: nothing is known to have changed. Try again.";
-  });
+  }
+  document.addEventListener("htmx:sendError", tellNoAnswer);
 
   document.addEventListener("htmx:afterSwap", () => {
     localise(document);
@@ -134,7 +151,10 @@
   localise(document);
   tellTitle();
   document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
-  if (window.location.hash && showDialog(window.location.hash.slice(1))) {
+  function openByHash() {
+    if (!window.location.hash || !showDialog(window.location.hash.slice(1))) return;
     window.history.replaceState(null, "", window.location.pathname + window.location.search);
   }
+  window.addEventListener("hashchange", openByHash);
+  openByHash();
 })();

@@ -516,7 +516,8 @@ class HubProcess:
         if not self._told.wait(30):
             self.kill()
             pytest.fail("the hub did not start:\n" + "".join(self.lines))
-        self.settings["port"] = int(self.url.rpartition(":")[2])
+        if not self.settings["port"]:
+            self.settings["port"] = int(self.url.rpartition(":")[2])
         wait_until(self._answers, 10)
 
     def _read(self, process) -> None:
