@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 
-.PHONY: help run demo test check bench format clean
+.PHONY: help run demo test check bench format vendor clean
 
 help:
 	@echo "make run     hub on 127.0.0.1:8080 with this machine as its first server"
@@ -10,6 +10,7 @@ help:
 	@echo "make test    everything, from nothing"
 	@echo "make check   style, without running anything"
 	@echo "make bench   measurements beside a reference in the same run"
+	@echo "make vendor  the browser's third-party files anew, as scripts/vendor.json names them"
 
 $(VENV)/run: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Orchestratia needs Python 3.11 or newer")'
@@ -44,6 +45,10 @@ format: $(VENV)/dev
 bench: $(VENV)/dev
 	$(PY) benchmarks/cascade.py
 	$(PY) benchmarks/sockets.py
+
+vendor:
+	@scripts/need.sh npm=npm
+	$(PYTHON) scripts/vendor.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -107,15 +107,36 @@ def believed_alive(server_id: str) -> list[dict]:
     )
 
 
-def list_sessions(project_ids: list[str], *, every: bool = False, status: str | None = None):
-    """Session rows as JSON, newest first: the live ones, or every one of the last 500."""
+def list_sessions(
+    project_ids: list[str],
+    *,
+    every: bool = False,
+    status: str | None = None,
+    q: str | None = None,
+    server_id: str | None = None,
+):
+    """Session rows as JSON, newest first: the live ones, or every one, the last 500 of them.
+
+    q: a part of the name, or of the title of the task.
+    """
     if status and status not in cascade.SESSION_STATES:
         raise Invalid(f"Unknown status {status!r}: use one of {', '.join(cascade.SESSION_STATES)}.")
     states = [status] if status else sorted(cascade.SESSION_LIVE | {"lost"})
     branches = [{"project_id": project} for project in project_ids]
     if status or not every:
         branches = [b | {"state": state} for b in branches for state in states]
-    return session_views(newest("session", branches, "", [], LIST_MOST))
+    where, values = [], []
+    if server_id:
+        where.append("server_id = ?")
+        values.append(server_id)
+    if q:
+        like = "%" + re.sub(r"([%_\\])", r"\\\1", q) + "%"
+        where.append(
+            "(name LIKE ? ESCAPE '\\' OR EXISTS (SELECT 1 FROM task WHERE task.id = session.task_id"
+            " AND title LIKE ? ESCAPE '\\'))"
+        )
+        values += [like, like]
+    return session_views(newest("session", branches, " AND ".join(where), values, LIST_MOST))
 
 
 def session_views(found: list[dict]) -> list[dict]:

@@ -26,6 +26,20 @@ STATES = {
     "closed": ("square", "quiet"),
 }
 
+# what a live session does: (shape, tone, in words)
+ACTIVITIES = {
+    "working": ("play", "live", "working"),
+    "idle": ("ring", "quiet", "idle"),
+    "waiting_input": ("diamond-full", "warn", "waits for input"),
+    "blocked:permission": ("triangle", "warn", "asks for a permission"),
+    "blocked:question": ("triangle", "warn", "asks a question"),
+    "blocked:plan": ("triangle", "warn", "waits for its plan's approval"),
+    "blocked:trust": ("triangle", "warn", "asks whether to trust the directory"),
+    "quota": ("bars", "warn", "out of quota"),
+    "error": ("cross", "bad", "shows an error"),
+    "no_signal": ("dashed", "quiet", "no signal"),
+}
+
 
 def _assignee_or_fields(event: dict) -> str:
     if event["details"].get("assignee"):

@@ -5,7 +5,10 @@
 // on there, or begins anew with a repaint, so nothing is missing or drawn twice. Keys that cannot
 // arrive now are refused aloud, never kept for later.
 import { Unicode11Addon } from "./vendor/addon-unicode11.mjs";
+import { SearchAddon } from "./vendor/addon-search.mjs";
 import { Terminal } from "./vendor/xterm.mjs";
+import { findBar, inTerminal, inText } from "./terminal-find.js";
+import { keyBar } from "./terminal-keys.js";
 
 const part = document.getElementById("terminal-part");
 const box = document.getElementById("terminal-box");
@@ -221,6 +224,7 @@ function isForSession(event) {
     return false;
   }
   if (event.key === "Tab" && !mayType()) return false;
+  if (isFind(event)) return false; // the page's
   const isCopy = event.ctrlKey && !event.altKey && event.key.toLowerCase() === "c";
   if (!isCopy || !(term.hasSelection() || event.shiftKey)) return true;
   event.preventDefault();
@@ -239,7 +243,30 @@ function copySelection() {
 function paste(event) {
   event.preventDefault();
   event.stopPropagation();
-  term.paste(event.clipboardData.getData("text/plain").replace(CONTROLS, ""));
+  pasteText(event.clipboardData.getData("text/plain"));
+}
+
+function pasteText(text) {
+  if (text) term.paste(text.replace(CONTROLS, ""));
+}
+
+// Where the page may not read the clipboard (no TLS, or it was denied) a field takes the text.
+async function askPaste() {
+  try {
+    pasteText(await navigator.clipboard.readText());
+  } catch {
+    at("paste-text").value = "";
+    at("paste").returnValue = "";
+    at("paste").showModal();
+  }
+}
+
+function takePaste() {
+  const text = at("paste-text").value;
+  at("paste-text").value = "";
+  if (at("paste").returnValue !== "type") return;
+  pasteText(text);
+  term.focus();
 }
 
 // ── the connection ───────────────────────────────────────────────────────────────────────────────
@@ -321,6 +348,8 @@ let painted = false;
 let saying = null;
 
 function takeState(frame) {
+  const isNews = session && (session.activity !== frame.activity || session.reason !== frame.reason);
+  if (isNews) htmx.trigger(document.body, "live-now");
   session = frame;
   offerSize();
   showStanding();
@@ -367,6 +396,7 @@ function showStanding() {
   if (at("terminal-words").textContent !== words) at("terminal-words").textContent = words;
   at("take-size").hidden = !isOpen() || !size || size.yours || !mayType() || !isReachable();
   at("show-scrollback").hidden = over;
+  keys.show(mayType());
   if (!size) at("terminal-size").replaceChildren();
 }
 
@@ -405,6 +435,7 @@ function showScrollback({ lines }) {
   at("scrollback-copy").textContent = "Copy all";
   scrollback.showModal();
   history.scrollTop = history.scrollHeight;
+  if (find.text()) findInLines.open(find.text()); // what was looked for may have scrolled away
 }
 
 async function copyScrollback(event) {
@@ -419,12 +450,28 @@ async function copyScrollback(event) {
   }
 }
 
+// ── the search and the keys ──────────────────────────────────────────────────────────────────────
+
+const searching = new SearchAddon();
+const find = findBar(at("find"), (tell) => inTerminal(term, searching, tell), () => term.focus());
+const findInLines = findBar(at("scrollback-find"), (tell) => inText(history, tell), () => history.focus());
+const keys = keyBar(at("terminal-keys"), term, askPaste);
+
+const isFind = (event) => event.ctrlKey && event.shiftKey && !event.altKey && event.key.toLowerCase() === "f";
+
+function findHere(event) {
+  if (!isFind(event)) return;
+  event.preventDefault();
+  (scrollback.open ? findInLines : find).open();
+}
+
 // ── all together ─────────────────────────────────────────────────────────────────────────────────
 
 term.loadAddon(new Unicode11Addon());
 term.unicode.activeVersion = "11";
 term.options.fontSize = ownFont();
 takeNoOrders(term);
+term.loadAddon(searching);
 term.open(at("terminal"));
 term.textarea.setAttribute("aria-label", "Terminal of the session");
 term.textarea.setAttribute("aria-describedby", "terminal-help");
@@ -433,12 +480,20 @@ term.attachCustomKeyEventHandler(isForSession);
 term.attachCustomWheelEventHandler(
   () => term.buffer.active.type === "normal" || term.modes.mouseTrackingMode !== "none",
 );
-term.onData((data) => typed(data, () => new TextEncoder().encode(data)));
+term.onData((data) => {
+  const held = keys.hold(data);
+  typed(held, () => new TextEncoder().encode(held));
+});
 term.onBinary((data) => typed(data, () => Uint8Array.from(data, (char) => char.charCodeAt(0))));
 box.addEventListener("paste", paste, true);
 
 at("take-size").addEventListener("click", () => send({ type: "take_size", ...fit() }));
 at("show-scrollback").addEventListener("click", askScrollback);
+at("show-find").addEventListener("click", () => find.open());
+at("scrollback-show-find").addEventListener("click", () => findInLines.open());
+scrollback.addEventListener("close", () => findInLines.close());
+document.addEventListener("keydown", findHere);
+at("paste").addEventListener("close", takePaste);
 at("scrollback-copy").addEventListener("click", copyScrollback);
 at("terminal-reader").checked = term.options.screenReaderMode;
 at("terminal-reader").addEventListener("change", ({ target }) => {

@@ -1,0 +1,124 @@
+"""Pictures of the pages, for the README: `make screenshots` puts them into docs/screenshots/.
+
+A hub with two agents that have run the pipeline of the examples, and with things to decide on.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+import showcase
+from demo import Demo
+from processes import ROOT, until
+
+FOLDER = ROOT / "docs" / "screenshots"
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+DESKTOP = {"width": 1280, "height": 800}
+LOOKS = {
+    "light": {"viewport": DESKTOP, "color_scheme": "light"},
+    "dark": {"viewport": DESKTOP, "color_scheme": "dark"},
+    "phone": {
+        "viewport": {"width": 390, "height": 844},
+        "color_scheme": "light",
+        "is_mobile": True,
+        "has_touch": True,
+    },
+}
+TYPED = r"""clear; printf '\033[1;36m$\033[0m pytest -q\n'; printf '\033[32m%s\033[0m\n' \
+"....................................... [ 72%]" "...............                         [100%]"; \
+printf '\033[1;32m54 passed\033[0m in 1.82s\n'
+"""
+
+
+def pages(made: dict[str, str]) -> dict[str, str]:
+    """{name of the picture: address}."""
+    return {
+        "overview": "/",
+        "inbox": "/inbox",
+        "tasks": "/tasks",
+        "board": "/tasks?view=board",
+        "task": f"/tasks/{made['plans']}",
+        "new-task": "/tasks/new",
+        "pipelines": "/pipelines",
+        "pipeline": f"/pipelines/{made['pipeline']}",
+        "new-pipeline": "/pipelines/new",
+        "graph": "/graph",
+        "time": f"/pipelines/{made['pipeline']}?view=time",
+        "servers": "/servers",
+        "server": f"/servers/{made['server']}",
+        "sessions": "/sessions?all=1",
+        "terminal": "/sessions/shell",
+        "replay": "/sessions/shell/replay",
+        "projects": "/projects",
+        "settings": "/settings",
+        "events": "/events",
+        "login": "/login?token=x",
+    }
+
+
+def fill(demo: Demo) -> dict[str, str]:
+    call = demo.call
+    pipeline = call("POST", "pipelines", showcase.pipeline())
+    call("POST", f"tasks/{pipeline['id_map']['T1']}/assign", {"server": "dev-backend"})
+
+    def done() -> bool:
+        return call("GET", f"pipelines/{pipeline['id']}")["counts"].get("done") == 7
+
+    until(done, "the pipeline is done")
+    made = showcase.fill(call, "dev-desktop") | {"pipeline": pipeline["id"]}
+    made["server"] = demo.server_ids[0]
+    body = {"server_id": "dev-backend", "name": "shell", "command": ["sh"]}
+    call("POST", "sessions", body | {"cols": 100, "rows": 24})
+    until(lambda: call("GET", "sessions/shell")["status"] == "active", "the session runs")
+    call("POST", "sessions/shell/input", {"text": TYPED})
+    until(lambda: "54 passed" in _screen(call), "the session has printed")
+    return made
+
+
+def _screen(call) -> str:
+    return "\n".join(call("GET", "sessions/shell/screen")["lines"])
+
+
+def take(demo: Demo, made: dict[str, str]) -> None:
+    """One picture of each page in each look."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        for look, options in LOOKS.items():
+            context = browser.new_context(base_url=demo.url, **options)
+            context.add_cookies(
+                [{"name": "orchestratia", "value": demo.client.token, "url": demo.url}]
+            )
+            page = context.new_page()
+            for name, path in pages(made).items():
+                page.goto(path)
+                page.wait_for_load_state("load")
+                if page.locator("#link").count():
+                    page.locator("#link[data-state=live]").wait_for()
+                if name in ("terminal", "replay"):
+                    page.wait_for_timeout(1500)  # until it is drawn
+                page.screenshot(path=FOLDER / f"{name}-{look}.png")
+                print(f"{name}-{look}")
+            context.close()
+        browser.close()
+
+
+def main() -> None:
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix="orc-") as scratch:
+        demo = Demo(Path(scratch))
+        try:
+            demo.start()
+            take(demo, fill(demo))
+        finally:
+            demo.stop()
+
+
+if __name__ == "__main__":
+    main()

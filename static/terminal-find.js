@@ -1,0 +1,139 @@
+// A bar that finds a text: in the terminal, and in the lines of the scrollback.
+
+const COLOURS = {
+  matchBackground: "#6b5a1e", matchOverviewRuler: "#e0b35c",
+  activeMatchBackground: "#f2b950", activeMatchColorOverviewRuler: "#f2b950",
+};
+const MOST = 5000; // matches in the scrollback
+
+// What is found in a terminal, by its add-on: {seek(text, step), clear()}; tell(index, count).
+export function inTerminal(term, addon, tell) {
+  addon.onDidChangeResults(({ resultIndex, resultCount }) => tell(resultIndex, resultCount));
+  return {
+    seek(text, step) {
+      const options = { decorations: COLOURS, incremental: step === 0 };
+      if (step < 0) addon.findPrevious(text, options);
+      else addon.findNext(text, options);
+    },
+    clear() {
+      addon.clearDecorations();
+      term.clearSelection(); // with it Ctrl+C would copy, not interrupt
+    },
+  };
+}
+
+// What is found in a `pre` that holds one text.
+export function inText(pre, tell) {
+  let text = null;
+  let ranges = [];
+  let current = -1;
+
+  function look() {
+    const node = pre.firstChild;
+    const pattern = new RegExp(text.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&"), "giu");
+    ranges = [];
+    if (node) {
+      for (const match of node.data.matchAll(pattern)) {
+        if (ranges.length === MOST) break;
+        const range = new StaticRange({
+          startContainer: node, startOffset: match.index,
+          endContainer: node, endOffset: match.index + match[0].length,
+        });
+        ranges.push(range);
+      }
+    }
+    current = -1;
+  }
+
+  function paint() {
+    if (!window.CSS.highlights) return; // an older browser scrolls there all the same
+    CSS.highlights.set("found", new Highlight(...ranges));
+    CSS.highlights.set("found-now", new Highlight(...ranges.slice(current, current + 1)));
+    CSS.highlights.get("found-now").priority = 1;
+  }
+
+  function show() {
+    const range = document.createRange();
+    const { startContainer, startOffset, endContainer, endOffset } = ranges[current];
+    range.setStart(startContainer, startOffset);
+    range.setEnd(endContainer, endOffset);
+    const [box, frame] = [range.getBoundingClientRect(), pre.getBoundingClientRect()];
+    if (box.top < frame.top || box.bottom > frame.bottom) {
+      pre.scrollTop += box.top - frame.top - frame.height / 2;
+    }
+  }
+
+  return {
+    seek(wanted, step) {
+      if (wanted !== text) {
+        text = wanted;
+        look();
+        step ||= -1; // the newest first
+      }
+      const from = current < 0 && step < 0 ? 0 : current;
+      current = ranges.length ? (from + step + ranges.length) % ranges.length : -1;
+      paint();
+      if (current >= 0) show();
+      tell(current, ranges.length);
+    },
+    clear() {
+      text = null;
+      window.CSS.highlights?.delete("found");
+      window.CSS.highlights?.delete("found-now");
+    },
+  };
+}
+
+// place: (tell) => one of the above; leave: what has the focus after the bar.
+export function findBar(bar, place, leave) {
+  const field = bar.querySelector("input");
+  const count = bar.querySelector("output");
+  const searcher = place(tell);
+
+  function tell(index, found) {
+    if (!field.value) return;
+    bar.dataset.found = found ? "some" : "none";
+    if (!found) count.value = "not found";
+    else count.value = index < 0 ? `${found.toLocaleString()} found` : `${index + 1} of ${found.toLocaleString()}`;
+  }
+
+  function seek(step) {
+    if (field.value) return searcher.seek(field.value, step);
+    searcher.clear();
+    count.value = "";
+    delete bar.dataset.found;
+  }
+
+  function open(text) {
+    bar.hidden = false;
+    if (text) field.value = text;
+    field.focus();
+    field.select();
+    seek(0);
+  }
+
+  function close() {
+    if (bar.hidden) return;
+    bar.hidden = true;
+    searcher.clear();
+    leave();
+  }
+
+  field.addEventListener("input", () => seek(0));
+  bar.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") {
+      event.preventDefault(); // of a dialog around it: that stays open
+      event.stopPropagation();
+      close();
+    } else if (event.key === "Enter" && event.target === field) {
+      event.preventDefault();
+      seek(event.shiftKey ? -1 : 1);
+    }
+  });
+  bar.addEventListener("click", ({ target }) => {
+    const button = target.closest("button");
+    if (button?.dataset.step) seek(Number(button.dataset.step));
+    else if (button) close();
+  });
+  return { open, close, text: () => (bar.hidden ? "" : field.value) };
+}
