@@ -300,6 +300,7 @@ def again(caller: Caller) -> Caller | None:
 
 # ── people ────────────────────────────────────────────────────────────────────────────────────
 
+TOKENS_SHOWN = 100
 TOKEN_DAYS = {"api": 90, "web": 14}
 LOGIN_LINK_S = 3600
 PASSWORD_LENGTH = 8
@@ -368,12 +369,102 @@ def login_with_link(secret: str, kind: str = "web") -> tuple[str, dict]:
         return issue(user["id"], kind), user_json(user)
 
 
-def issue(user_id: str, kind: str) -> str:
+def issue(user_id: str, kind: str, name: str = "") -> str:
     """Make a token of `kind` (api, web, link) for a user; it is shown this once."""
     secret = f"orct_{secrets.token_urlsafe(32)}"
     life = LOGIN_LINK_S if kind == "link" else TOKEN_DAYS[kind] * 86400
-    Token.create(user_id=user_id, kind=kind, hash=digest(secret), expires_at=time.time() + life)
+    Token.create(
+        user_id=user_id, kind=kind, name=name, hash=digest(secret), expires_at=time.time() + life
+    )
     return secret
+
+
+# ── one's own account ─────────────────────────────────────────────────────────────────────────
+
+
+def own_tokens(caller: Caller) -> list[dict]:
+    """What the caller is signed in with, newest first: {id, kind, name, created_at, expires_at,
+    current}. Raises Forbidden for who is no person."""
+    _require_person(caller)
+    return [
+        {
+            "id": row["id"],
+            "kind": row["kind"],
+            "name": row["name"],
+            "created_at": iso(row["created_at"]),
+            "expires_at": iso(row["expires_at"]),
+            "current": row["id"] == caller.token_id,
+        }
+        for row in rows(
+            "SELECT * FROM token WHERE user_id = ? AND kind <> 'link' AND expires_at > ?"
+            " ORDER BY created_at DESC, id LIMIT ?",
+            (caller.id, time.time(), TOKENS_SHOWN),
+        )
+    ]
+
+
+def _require_person(caller: Caller) -> None:
+    if caller.kind != "user":
+        raise Forbidden("Only people have an account: sign in.")
+
+
+def new_token(caller: Caller, name: str) -> str:
+    """A token for the caller's programs; it is shown this once. Raises Invalid, Forbidden."""
+    _require_person(caller)
+    if not name.strip():
+        raise Invalid("A token needs a name, so that you know it again.", field="name")
+    with transaction():
+        return issue(caller.id, "api", name.strip())
+
+
+def end_token(caller: Caller, token_id: str) -> None:
+    """End one of the caller's own tokens. Raises NotFound."""
+    _require_person(caller)
+    with transaction() as tx:
+        if not rows(
+            "DELETE FROM token WHERE id = ? AND user_id = ? RETURNING id", (token_id, caller.id)
+        ):
+            raise NotFound("There is no such token of yours: it may have ended already.")
+        tx.tell("access")
+
+
+def end_other_tokens(caller: Caller) -> int:
+    """Sign the caller out everywhere else; how many tokens that were."""
+    _require_person(caller)
+    with transaction() as tx:
+        gone = rows(
+            "DELETE FROM token WHERE user_id = ? AND id <> ? RETURNING id",
+            (caller.id, caller.token_id),
+        )
+        tx.tell("access")
+        return len(gone)
+
+
+def change_own_password(caller: Caller, old: str, new: str, address: str = "") -> None:
+    """Set the caller's password, and sign them out everywhere else.
+
+    Raises Invalid for a wrong old one (who has none yet leaves it empty) and for a new one that is
+    too short, TooMany.
+    """
+    _require_person(caller)
+    account, place = (caller.name.lower(), address), (None, address)
+    _count_try(place, TRIES_OF_ADDRESS, time.monotonic())
+    _count_try(account, TRIES, time.monotonic())
+    stored = one("SELECT password_hash FROM user WHERE id = ?", (caller.id,))["password_hash"]
+    if stored and not offloop(check_password_hash, stored, old[:PASSWORD_MOST]):
+        raise Invalid("The present password is wrong.", field="old")
+    _forgive(account, place)
+    hashed = hash_password(new)
+    with transaction() as tx:
+        User.update(password_hash=hashed).where(User.id == caller.id).execute()
+        execute("DELETE FROM token WHERE user_id = ? AND id <> ?", (caller.id, caller.token_id))
+        tx.emit(
+            "user_changed", None, caller.actor, {"username": caller.name, "changed": ["password"]}
+        )
+        tx.tell("access")
+
+
+# ── all people ────────────────────────────────────────────────────────────────────────────────
 
 
 def logout(caller: Caller) -> None:
@@ -501,6 +592,20 @@ def _set_roles(caller: Caller, user_id: str, roles: dict[str, str]) -> None:
             raise Invalid(f"Unknown role {role!r}: use one of {', '.join(ROLES)}.")
         project_id = pick_project(caller, project)["id"]
         Membership.replace(user_id=user_id, project_id=project_id, role=role).execute()
+
+
+def members(caller: Caller, project_ids: list[str]) -> dict[str, list[dict]]:
+    """{project id: [{user_id, username, role}]} of the projects the caller may administer."""
+    found = {p: [] for p in project_ids if can(caller, "project.admin", p)}
+    for row in rows(
+        "SELECT m.project_id, m.role, u.id, u.username FROM membership m JOIN user u"
+        f" ON u.id = m.user_id WHERE m.project_id IN ({', '.join('?' * len(found))})"
+        " ORDER BY u.username",
+        list(found),
+    ):
+        one_of = {"user_id": row["id"], "username": row["username"], "role": row["role"]}
+        found[row["project_id"]].append(one_of)
+    return found
 
 
 # ── projects ──────────────────────────────────────────────────────────────────────────────────

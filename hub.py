@@ -154,6 +154,7 @@ def create_app(settings: dict) -> APIFlask:
     app.root_path = str(HERE)
     app.config["OPENAPI_VERSION"] = "3.1.0"
     app.config["HUB"] = settings
+    app.config["HUB_SETTINGS"] = SETTINGS
     app.config["MAX_CONTENT_LENGTH"] = int(settings["max_body_mb"] * 1_000_000)
     web.init_app(app)
     document.init_app(app)

@@ -498,6 +498,7 @@ class Token(Table):
     id = TextField(primary_key=True, default=new_id)
     user_id = TextField()
     kind = TextField()
+    name = TextField(default="")
     hash = TextField()
     created_at = FloatField(default=time.time)
     expires_at = FloatField()

@@ -50,6 +50,7 @@ NAV = (
     ("Servers", "pages.servers", "servers", "v"),
     ("Sessions", "pages.session_list", "sessions", "s"),
     ("Events", "pages.event_list", "events", "e"),
+    ("Projects", "pages.project_list", "projects", ""),
     ("Settings", "pages.settings", "settings", ""),
     ("API", "pages.docs", "docs", ""),
 )
@@ -197,7 +198,8 @@ def _begin():
 @bp.after_request
 def _set_pace(response):
     if _is_part():
-        response.headers["X-Live-Pause"] = _pace.after(time.perf_counter() - g.get("began", time.perf_counter()))
+        began = g.get("began", time.perf_counter())
+        response.headers["X-Live-Pause"] = _pace.after(time.perf_counter() - began)
     return response
 
 

@@ -1,22 +1,92 @@
 """The pages of servers."""
 
+import time
+
 from flask import render_template, request, url_for
 
 import auth
+import cascade
+import picture
+import reading
 import servers
+import sessions
 import web
-from models import NotFound, one
-from pages import bp, done, person, scope, show, visible
+from models import Invalid, NotFound, one
+from pages import (
+    NAME_MOST,
+    bp,
+    done,
+    named,
+    person,
+    scope,
+    show,
+    text_of,
+    visible,
+    words_of,
+)
+
+EVENTS_SHOWN = 15
+TASKS_SHOWN = 50
 
 
 @bp.get("/servers", endpoint="servers")
 def server_list():
     """Every server with what it has and how busy it is."""
+    found = servers.list_servers(scope(), revoked="revoked" in request.args)
     return show(
         "servers/list.html",
-        servers=servers.list_servers(scope(), revoked="revoked" in request.args),
+        servers=found,
+        charts=_charts([s["id"] for s in found]),
         may_add=[p for p in visible() if auth.can(person(), "server.token", p["id"])],
     )
+
+
+def _charts(ids: list[str]) -> dict[str, dict]:
+    """{server id: {cpu, memory, disk: the line of the last hour, or None}}."""
+    return {
+        server_id: {kind: picture.spark(samples, kind) for kind in ("cpu", "memory", "disk")}
+        for server_id, samples in servers.loads_of(ids, time.time()).items()
+    }
+
+
+@bp.get("/servers/<ref>")
+def server(ref):
+    """Everything about one server."""
+    row = servers.get_server(person(), ref)
+    project = [row["project_id"]]
+    at_work, _ = reading.list_tasks(
+        project,
+        status=",".join(s for s in cascade.STATES if s in cascade.OPEN),
+        server_id=row["id"],
+        limit=TASKS_SHOWN,
+    )
+    events, _ = reading.events_page(project, False, {"server_id": row["id"]}, None, EVENTS_SHOWN)
+    return show(
+        "servers/server.html",
+        server=servers.server_json(row),
+        charts=_charts([row["id"]])[row["id"]],
+        at_work=reading.cards(at_work),
+        sessions=sessions.list_sessions(project, server_id=row["id"]),
+        events=named(events),
+        may_admin=auth.can(person(), "server.admin", row["project_id"]) and not row["revoked"],
+    )
+
+
+@bp.post("/servers/<ref>/change")
+def describe_server(ref):
+    """Rename a server, and say what it has beside what its agent found."""
+    changes = {"name": text_of("name", NAME_MOST) or ""}
+    slots = request.form.get("slots", "").strip()
+    if slots:
+        if not slots.isdecimal() or not 1 <= int(slots) <= servers.SLOTS_MOST:
+            raise Invalid(
+                f"Slots are a whole number from 1 to {servers.SLOTS_MOST:,}.", field="slots"
+            )
+        changes["slots"] = int(slots)
+    changes["declared"] = {kind: words_of(kind) or None for kind in cascade.LISTS}
+    changes["manual"] = "manual" in request.form
+    servers.change_server(person(), ref, changes)
+    return done(url_for("pages.server", ref=ref))
 
 
 @bp.post("/servers/tokens")

@@ -276,3 +276,36 @@ def lasting(seconds: float) -> str:
 def seconds_of(at: str | None) -> float | None:
     """Seconds since 1970 of a time as the API shows it."""
     return datetime.fromisoformat(at).timestamp() if at else None
+
+
+# ── load ──────────────────────────────────────────────────────────────────────────────────────
+
+SPARK_W, SPARK_H, SPARK_MINUTES = 240, 40, 60
+
+
+def spark(samples: list[dict], kind: str) -> dict | None:
+    """A line of the last hour: {width, height, lines, last, least, most}; None without a sample.
+
+    samples: {minute (ago), kind: percent or None}, oldest first. `lines` are the points of each
+    piece without a gap; what is over 100 percent stands at the top.
+    """
+    known = [(s["minute"], s[kind]) for s in samples if s[kind] is not None]
+    if not known:
+        return None
+    pieces, before = [], None
+    for minute, value in known:
+        if before is None or before - minute > 2:
+            pieces.append([])
+        x = SPARK_W - minute / (SPARK_MINUTES - 1) * SPARK_W
+        y = SPARK_H - 1 - min(value, 100.0) / 100 * (SPARK_H - 2)
+        pieces[-1].append(f"{x:.1f},{y:.1f}")
+        before = minute
+    values = [value for _, value in known]
+    return {
+        "width": SPARK_W,
+        "height": SPARK_H,
+        "lines": [" ".join(piece if len(piece) > 1 else piece * 2) for piece in pieces],
+        "last": round(values[-1]),
+        "least": round(min(values)),
+        "most": round(max(values)),
+    }

@@ -550,6 +550,41 @@ def last_events(
     return [event_json(found[n]) for n in sorted(found)[-size:]]
 
 
+LOOKED_BACK = 20_000  # events one page of a filtered list looks through
+
+
+def events_page(
+    project_ids: list[str], hubs: bool, wanted: dict, before: int | None, limit: int
+) -> tuple[list[dict], int | None]:
+    """(events that fit, newest first; where older ones go on, or None).
+
+    hubs: the hub's own too. wanted: {type, kind (its first word), actor, session_id, server_id},
+    each as it must be, None for any. A page looks through so many events and no further, so that
+    it costs the same however long the log is; it may be empty and older ones be there.
+    """
+    top = last_event_id() + 1 if before is None else before
+    floor = max(0, top - LOOKED_BACK)
+    conditions, values = ["id < ?", "id > ?"], [top, floor]
+    for column in ("type", "actor", "session_id", "server_id"):
+        if wanted.get(column):
+            conditions.append(f"{column} = ?")
+            values.append(wanted[column])
+    if wanted.get("kind"):
+        conditions.append("substr(type, 1, ?) = ?")
+        values += [len(wanted["kind"]) + 1, f"{wanted['kind']}_"]
+    found = []
+    for project in [*project_ids, *([None] if hubs else [])]:
+        found += rows(
+            f"SELECT * FROM event WHERE project_id IS ? AND {' AND '.join(conditions)}"
+            " ORDER BY id DESC LIMIT ?",
+            [project, *values, limit + 1],
+        )
+    found.sort(key=lambda row: -row["id"])
+    if len(found) > limit:
+        return [event_json(row) for row in found[:limit]], found[limit - 1]["id"]
+    return [event_json(row) for row in found], floor + 1 if floor else None
+
+
 def last_event_id() -> int:
     """The id of the newest event; 0 when there is none."""
     return (one("SELECT MAX(id) AS id FROM event") or {})["id"] or 0

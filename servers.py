@@ -1,5 +1,6 @@
 """Every use case on servers: registration, administration, signs of life, silence noticed."""
 
+import math
 import threading
 import time
 
@@ -17,6 +18,7 @@ from models import (
     Server,
     dumps,
     execute,
+    in_chunks,
     iso,
     loads,
     one,
@@ -357,6 +359,51 @@ def save_heartbeats() -> None:
                     "UPDATE server SET last_seen = ?, info = COALESCE(?, info) WHERE id = ?",
                     (at, dumps(info) if info else None, server_id),
                 )
+                if info:
+                    _note_load(server_id, int(at // 60), info)
+
+
+LOAD_MINUTES = 60  # kept of each server
+
+
+def _note_load(server_id: str, minute: int, info: dict) -> None:
+    """Keep the last sample of a minute, and of the last hour only."""
+    execute(
+        "INSERT OR REPLACE INTO load (server_id, minute, cpu, memory, disk) VALUES (?, ?, ?, ?, ?)",
+        (server_id, minute, *_shares(info)),
+    )
+    execute(
+        "DELETE FROM load WHERE server_id = ? AND minute <= ?", (server_id, minute - LOAD_MINUTES)
+    )
+
+
+def _shares(info: dict) -> tuple[float | None, ...]:
+    """(cpu, memory, disk) in percent; None for what the agent does not say. The load of a minute
+    over the processors is what the machine is asked to do, so cpu may be over 100."""
+    load, cpus = _number(info.get("load_1m")), _number(info.get("cpu_count"))
+    cpu = 100 * load / cpus if load is not None and cpus else _number(info.get("cpu_percent"))
+    return cpu, _number(info.get("memory_percent")), _number(info.get("disk_percent"))
+
+
+def _number(value) -> float | None:
+    fine = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if fine and math.isfinite(value) and value >= 0 else None
+
+
+def loads_of(server_ids: list[str], now: float) -> dict[str, list[dict]]:
+    """{server id: [{minute, cpu, memory, disk}]} of the last hour, oldest first: `minute` is how
+    many minutes ago, the others are percent or None; minutes of silence are not there."""
+    last = int(now // 60)
+    found = {server_id: [] for server_id in server_ids}
+    for part, marks in in_chunks(server_ids):
+        for row in rows(
+            f"SELECT * FROM load WHERE server_id IN {marks} AND minute > ?"
+            " ORDER BY server_id, minute",
+            [*part, last - LOAD_MINUTES],
+        ):
+            values = {kind: row[kind] for kind in ("cpu", "memory", "disk")}
+            found[row["server_id"]].append({"minute": last - row["minute"]} | values)
+    return found
 
 
 def notice_silence(offline_after: float = OFFLINE_AFTER_S) -> list[str]:
