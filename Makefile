@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 
-.PHONY: help run demo test check bench format vendor clean
+.PHONY: help run demo test check bench bench-web screenshots format vendor clean
 
 help:
 	@echo "make run     hub on 127.0.0.1:8080 with this machine as its first server"
@@ -10,6 +10,8 @@ help:
 	@echo "make test    everything, from nothing"
 	@echo "make check   style, without running anything"
 	@echo "make bench   measurements beside a reference in the same run"
+	@echo "make bench-web     how fast the pages are, in a real browser"
+	@echo "make screenshots   pictures of the pages, into docs/screenshots"
 	@echo "make vendor  the browser's third-party files anew, as scripts/vendor.json names them"
 
 $(VENV)/run: requirements.txt
@@ -49,6 +51,14 @@ bench: $(VENV)/dev
 vendor:
 	@scripts/need.sh npm=npm
 	$(PYTHON) scripts/vendor.py
+
+bench-web: $(VENV)/dev
+	@scripts/need.sh tmux=tmux git=git chromium=chromium
+	$(PY) benchmarks/web.py
+
+screenshots: $(VENV)/dev
+	@scripts/need.sh tmux=tmux git=git chromium=chromium
+	$(PY) scripts/screenshots.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -296,7 +296,7 @@ def spark(samples: list[dict], kind: str) -> dict | None:
     for minute, value in known:
         if before is None or before - minute > 2:
             pieces.append([])
-        x = SPARK_W - minute / (SPARK_MINUTES - 1) * SPARK_W
+        x = 2 + (1 - minute / (SPARK_MINUTES - 1)) * (SPARK_W - 4)
         y = SPARK_H - 1 - min(value, 100.0) / 100 * (SPARK_H - 2)
         pieces[-1].append(f"{x:.1f},{y:.1f}")
         before = minute

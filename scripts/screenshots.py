@@ -58,7 +58,6 @@ def pages(made: dict[str, str]) -> dict[str, str]:
         "projects": "/projects",
         "settings": "/settings",
         "events": "/events",
-        "login": "/login?token=x",
     }
 
 
@@ -104,6 +103,9 @@ def take(demo: Demo, made: dict[str, str]) -> None:
                     page.wait_for_timeout(1500)  # until it is drawn
                 page.screenshot(path=FOLDER / f"{name}-{look}.png")
                 print(f"{name}-{look}")
+            context.clear_cookies()
+            page.goto("/login")
+            page.screenshot(path=FOLDER / f"login-{look}.png")
             context.close()
         browser.close()
 
