@@ -187,6 +187,23 @@ def test_an_empty_hub_says_what_to_do_and_it_works(hub, page):
     expect(page.get_by_text("Three steps")).to_have_count(0)
 
 
+def test_what_finished_since_one_last_looked_is_marked(shop, page):
+    for title in ("Before", "Meanwhile"):
+        made = task(shop, title)
+        page.goto("/")  # the first look, then the next
+        live(page)
+        if title == "Before":
+            shop.api("DELETE", f"tasks/{made['id']}")
+            expect(page.locator("[data-ended]")).to_have_count(1)
+            page.goto("/tasks")
+    assert page.locator(".is-new").count() == 0
+    page.goto("/tasks")
+    shop.api("DELETE", f"tasks/{made['id']}")
+    page.goto("/")
+    expect(page.locator(".is-new")).to_contain_text("Meanwhile")
+    expect(page.locator("#finished-new")).to_have_text("1 since you last looked")
+
+
 # ── tasks ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -510,10 +527,10 @@ def test_many_events_cost_few_requests(shop, page):
     live(page)
     asked = []
     page.on("request", lambda request: asked.append(request.url))
-    for number in range(40):
-        task(shop, f"Task {number}")
-    expect(page.locator("tbody tr")).to_have_count(40)
-    assert 1 <= len(asked) < 40
+    tasks = [{"id": f"t{n}", "title": f"Task {n}"} for n in range(90)]
+    shop.api("POST", "pipelines", {"name": "many", "tasks": tasks})
+    expect(page.locator("tbody tr")).to_have_count(90)
+    assert 1 <= len(asked) < 30
 
 
 def test_events_appear_on_top(shop, page):

@@ -272,7 +272,8 @@ def paths(hub) -> list[str]:
     first = next(iter(applied["id_map"].values()))
     hub.register("dev")
     named = ["", "inbox", "tasks", "tasks?view=board", "tasks/new", "pipelines", "servers"]
-    return [f"/{name}" for name in (*named, "sessions", "events", f"tasks/{first}")]
+    named += ["sessions", "events", "projects", "settings", "servers/dev", "pipelines/new"]
+    return [f"/{name}" for name in (*named, f"tasks/{first}", f"tasks/{first}/edit")]
 
 
 @pytest.mark.parametrize("proxy", ["stripped"], indirect=True)
