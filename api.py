@@ -21,7 +21,18 @@ import sessions
 import tasks
 import web
 from document import answers, listing
-from models import Event, Forbidden, Invalid, NotFound, Unauthorised, bus, iso, loads, one
+from models import (
+    Event,
+    Forbidden,
+    Glimpse,
+    Invalid,
+    NotFound,
+    Unauthorised,
+    bus,
+    iso,
+    loads,
+    one,
+)
 from web import caller
 
 VERSION = "0.1.0"
@@ -1158,6 +1169,9 @@ def list_events(query_data: EventPage):
 def stream_events():
     """Events as they are committed (SSE); `Last-Event-ID` or `?after=` resumes without loss.
 
+    Between them `glimpse` says that a session does something else now; it has no id, and one that
+    was missed is not sent again.
+
     `?who=` names the sign-in that the reader has: with another one the stream is refused.
     """
     who = caller()
@@ -1172,11 +1186,14 @@ def stream_events():
 def _stream(who: auth.Caller, after: int | None):
     comments = itertools.chain([": hello\n\n"], itertools.repeat(": beat\n\n"))
     with suppress(Unauthorised):  # the stream just ends; asking again is refused
-        for item in feed.follow(who, after):
+        live = bus.subscribe("events", "access", "glimpses")
+        for item in feed.follow(who, after, live):
             if item is None:
                 yield next(comments)
             elif isinstance(item, feed.Reset):
                 yield f"id: {item.id}\nevent: reset\ndata: {{}}\n\n"
+            elif isinstance(item, Glimpse):
+                yield f"event: glimpse\ndata: {json.dumps(item._asdict())}\n\n"
             else:
                 yield item.written("sse", _sse)
 

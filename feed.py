@@ -2,7 +2,7 @@
 
 import auth
 import reading
-from models import Event, Unauthorised, bus
+from models import Event, Glimpse, Unauthorised, bus
 
 # An event that others look for under a second name too.
 ALSO = {"task_needs_human": "intervention_requested"}
@@ -17,7 +17,8 @@ class Reset:
 
 
 def follow(who: auth.Caller, after: int | None, live=None):
-    """Yield Event and Reset as they come, and None at least every BEAT_S seconds.
+    """Yield Event and Reset as they come, and None at least every BEAT_S seconds; Glimpse too, if
+    `live` has them among its topics.
 
     What the table has above `after` comes first (nothing without `after`), then what the bus
     brings; a gap between ids (this reader was too slow, or two commits crossed) is read from the
@@ -27,6 +28,7 @@ def follow(who: auth.Caller, after: int | None, live=None):
     with live or bus.subscribe("events", "access") as live:
         newest = reading.last_event_id()
         last = newest if after is None else min(after, newest)
+        lost = live.lost
         yield None
         if after is not None and after > newest:
             yield Reset(newest)
@@ -37,6 +39,15 @@ def follow(who: auth.Caller, after: int | None, live=None):
             message = live.get(BEAT_S)
             if live.closed:
                 return
+            if isinstance(message, Glimpse):
+                if live.lost > lost:  # events may be among them
+                    lost = live.lost
+                    for event in _missed(who, last):
+                        last = event["id"]
+                        yield event
+                if auth.can(who, "read", message.project_id):
+                    yield message
+                continue
             if not isinstance(message, dict):  # a beat, or rights were changed somewhere
                 who = auth.again(who)
                 if who is None:

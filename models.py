@@ -18,6 +18,7 @@ import weakref
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from peewee import (
     AutoField,
@@ -436,6 +437,14 @@ class Event(dict):
     @property
     def size(self) -> int:
         return len(self.written("json", lambda event: json.dumps(event).encode()))
+
+
+class Glimpse(NamedTuple):
+    """Word that a session does something else now, as its row says. No event: of what a worker
+    does each moment nobody keeps a history."""
+
+    project_id: str
+    session_id: str
 
 
 def _publish(tx: Transaction, first: int) -> None:

@@ -23,6 +23,7 @@ import tasks
 import terminals
 from auth import HUB, Caller
 from models import (
+    Glimpse,
     NotFound,
     Refused,
     Server,
@@ -546,6 +547,7 @@ def _session_activity(tx, caller: Caller, frame: dict) -> None:
             (frame["state"], frame.get("reason"), session["id"]),
         )
         tx.tell(f"session:{session['id']}")
+        tx.tell("glimpses", Glimpse(session["project_id"], session["id"]))
 
 
 def _task_report(_tx, caller: Caller, frame: dict) -> None:

@@ -2,7 +2,8 @@
 // browser without such workers (live.js then serves itself).
 //
 // A tab says {kind: "join", url, who, after, types, lock} and {kind: "leave"}. It hears
-// {kind: "state", state, since, again}, {kind: "event", id, data}, {kind: "gap", after} when it
+// {kind: "state", state, since, again}, {kind: "event", id, data}, {kind: "glimpse", data} of what a
+// session does now, {kind: "gap", after} when it
 // has to read anew, and {kind: "out"} when its person is not signed in any more.
 "use strict";
 
@@ -61,6 +62,7 @@ globalThis.serveEvents = (() => {
       if (opening.readyState === EventSource.CLOSED) askWhy(opening);
     };
     opening.addEventListener("reset", begin);
+    opening.addEventListener("glimpse", ({ data }) => tell({ kind: "glimpse", data }));
     for (const type of address.types.split(" ")) opening.addEventListener(type, hear);
   }
 

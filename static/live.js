@@ -89,6 +89,9 @@
       after = id;
       hear(JSON.parse(data));
     },
+    glimpse({ data }) {
+      hear({ type: "session_glimpse", ...JSON.parse(data) });
+    },
     gap(message) {
       after = message.after;
       refreshAll();

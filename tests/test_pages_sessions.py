@@ -81,9 +81,41 @@ def test_the_list_shows_what_a_session_does_as_it_changes(by_hand, open_browser)
     place = rows_of(page).get_by_role("link", name="shell").bounding_box()
     asked = {"type": "session_activity", "state": "blocked:permission", "reason": "rm -rf <b>"}
     say(asked)
-    expect(row).to_contain_text("asks for a permission rm -rf <b>", timeout=15_000)
+    expect(row).to_contain_text("asks for a permission rm -rf <b>", timeout=1000)
     expect(row.locator(".activity use")).to_have_attribute("href", "#s-triangle")
     assert rows_of(page).get_by_role("link", name="shell").bounding_box() == place
+
+
+def test_who_may_not_see_a_session_hears_nothing_of_it(by_hand, shop):
+    session, say = by_hand
+    shop.api("POST", "projects", {"name": "other"})
+    roles = {"vic": "shop", "eve": "other"}
+    heard = {name: [] for name in roles}
+    streams = []
+    for name, project in roles.items():
+        body = {"username": name, "password": PASSWORD}
+        shop.api("POST", "users", body | {"roles": {project: "viewer"}})
+        token = shop.api("POST", "auth/login", body)["token"]
+        stream = shop.ask("GET", "events/stream", token=token, stream=True)
+        lines = stream.iter_lines(decode_unicode=True)
+        assert next(lines) == ": hello"
+        streams.append((name, stream, lines))
+    say({"type": "session_activity", "state": "idle"})
+    made = {
+        project["name"]: shop.api("POST", "tasks", {"title": "T", "project_id": project["id"]})[
+            "id"
+        ]
+        for project in shop.api("GET", "projects")["projects"]
+    }
+    for name, stream, lines in streams:
+        for line in lines:
+            heard[name].append(line)
+            if line.startswith("data:") and made[roles[name]] in line:
+                break
+        stream.close()
+    told = f'data: {{"project_id": "{session["project_id"]}", "session_id": "{session["id"]}"}}'
+    assert told in heard["vic"] and "event: glimpse" in heard["vic"]
+    assert "event: glimpse" not in heard["eve"]
 
 
 def test_the_session_shows_what_it_does_at_once(by_hand, open_browser):
