@@ -1,6 +1,6 @@
 """How fast the pages are, in a real browser with a real hub, agent and tmux.
 
-    python benchmarks/web.py [--quick] [--json] [--only events typing flood board]
+    python benchmarks/web.py [--quick] [--json] [--only events typing flood board graph]
 
 Prints what was aimed at and whether it was met; always ends with 0.
 """
@@ -31,7 +31,7 @@ from figures import (  # noqa: E402
 from demo import Demo  # noqa: E402
 from processes import Client, until  # noqa: E402
 
-MEASUREMENTS = ("events", "typing", "flood", "board")
+MEASUREMENTS = ("events", "typing", "flood", "board", "graph")
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -43,12 +43,14 @@ KEYS = 150
 KEY_PAUSE_S = 0.06
 FLOOD_BYTES = 1_000_000  # a second
 BOARD_TASKS = 2000
+GRAPH_TASKS = 500
 AIMS = {
     "events_p50": 50,
     "events_p99": 200,
     "typing_p50": 25,
     "flood_growth": 10,
     "board": 500,
+    "graph": 20,
 }
 
 # Notes when a marker is first seen; a marker is what the load wrote last into a title.
@@ -121,6 +123,24 @@ PAINTED = """() => new Promise((done) => new PerformanceObserver((list) => {
     if (entry.name === "first-contentful-paint") done(entry.startTime);
   }
 }).observe({type: "paint", buffered: true}))"""
+
+
+# Frames while the picture is zoomed in and out and moved with every one of them.
+ZOOMED = """(seconds) => new Promise((done) => {
+  const frame = document.querySelector(".graph");
+  const buttons = ["in", "out"].map((word) => document.querySelector(`[data-zoom=${word}]`));
+  let frames = 0;
+  const began = performance.now();
+  const step = () => {
+    frames += 1;
+    buttons[Math.floor(frames / 8) % 2].click();
+    frame.scrollLeft += frames % 40 < 20 ? 30 : -30;
+    const past = performance.now() - began;
+    if (past < seconds * 1000) requestAnimationFrame(step);
+    else done(frames / (past / 1000));
+  };
+  requestAnimationFrame(step);
+})"""
 
 
 class Pages:
@@ -275,6 +295,28 @@ def board(pages: Pages, count: int, rounds: int) -> dict:
     return {name: spread(values) for name, values in found.items()}
 
 
+def graph(pages: Pages, count: int) -> dict:
+    """Frames per second while the picture of many tasks is zoomed and moved, and its first paint;
+    beside it the frames of a page where nothing happens."""
+    tasks = [
+        {"id": f"g{n}", "title": f"Task {n}", "depends_on": sorted({f"g{n // 2}", f"g{n // 3}"})}
+        for n in range(1, count)
+    ]
+    tasks.insert(0, {"id": "g0", "title": "Task 0"})
+    made = pages.demo.call("POST", "pipelines", {"name": "large", "tasks": tasks})
+    with pages.page("/servers") as page:
+        calm = page.evaluate(FRAMES, 2)
+    with pages.page(f"/pipelines/{made['id']}") as page:
+        painted = page.evaluate(PAINTED)
+        zoomed = page.evaluate(ZOOMED, 5)
+    return {
+        "tasks": count,
+        "frames_per_s": round(zoomed, 1),
+        "calm_frames_per_s": round(calm, 1),
+        "first_paint_ms": round(painted, 1),
+    }
+
+
 def measure(options) -> dict:
     quick = options.quick
     seconds = 5.0 if quick else 30.0
@@ -283,6 +325,7 @@ def measure(options) -> dict:
         "typing": lambda pages: typing(pages, KEYS // 3 if quick else KEYS),
         "flood": lambda pages: flood(pages, seconds),
         "board": lambda pages: board(pages, BOARD_TASKS, 3 if quick else 10),
+        "graph": lambda pages: graph(pages, GRAPH_TASKS),
     }
     directory = tempfile.TemporaryDirectory(prefix="web-", dir=disk_directory())
     with directory as scratch, sync_playwright() as playwright:
@@ -327,6 +370,16 @@ def aims(report: dict) -> list[dict]:
             f"first paint of a board of {BOARD_TASKS:,} tasks {beside}",
             drawn["ours"]["p50_ms"],
             AIMS["board"],
+        )
+    if drawn := report.get("graph"):
+        calm = f"(of a calm page {drawn['calm_frames_per_s']:g})"
+        text = f"frames/s of a graph of {GRAPH_TASKS} tasks that is zoomed {calm}: at least"
+        found.append(
+            aim(
+                f"{text} {AIMS['graph']}",
+                drawn["frames_per_s"],
+                drawn["frames_per_s"] >= AIMS["graph"],
+            )
         )
     return found
 
