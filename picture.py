@@ -284,10 +284,10 @@ SPARK_W, SPARK_H, SPARK_MINUTES = 240, 40, 60
 
 
 def spark(samples: list[dict], kind: str) -> dict | None:
-    """A line of the last hour: {width, height, lines, last, least, most}; None without a sample.
+    """A line of the last hour: {width, height, lines, dot, last, least, most}, None for nothing.
 
     samples: {minute (ago), kind: percent or None}, oldest first. `lines` are the points of each
-    piece without a gap; what is over 100 percent stands at the top.
+    piece without a gap, `dot` is the last of them; what is over 100 percent stands at the top.
     """
     known = [(s["minute"], s[kind]) for s in samples if s[kind] is not None]
     if not known:
@@ -304,6 +304,7 @@ def spark(samples: list[dict], kind: str) -> dict | None:
     return {
         "width": SPARK_W,
         "height": SPARK_H,
+        "dot": pieces[-1][-1].split(","),
         "lines": [" ".join(piece if len(piece) > 1 else piece * 2) for piece in pieces],
         "last": round(values[-1]),
         "least": round(min(values)),

@@ -241,6 +241,8 @@ def test_what_is_not_on_the_screen_is_not_decided_but_shown(shop, page):
 
 
 def palette(page, typed: str = ""):
+    # A dialog that was closed has let go of the focus by the next picture.
+    page.wait_for_function("!document.activeElement?.closest('dialog')")
     press(page, "Control+k")
     expect(page.get_by_role("combobox", name="Find")).to_be_focused()
     page.keyboard.type(typed)
