@@ -8,7 +8,7 @@ from playwright.sync_api import expect
 
 import models
 import pages
-from conftest import PASSWORD, Client
+from conftest import PASSWORD, Client, wait_until
 
 HOSTILE = "<img src=x onerror=window.owned=1> parser"
 
@@ -242,7 +242,7 @@ def test_what_is_not_on_the_screen_is_not_decided_but_shown(shop, page):
 
 def palette(page, typed: str = ""):
     # A dialog that was closed has let go of the focus by the next picture.
-    page.wait_for_function("!document.activeElement?.closest('dialog')")
+    wait_until(lambda: page.evaluate("!document.activeElement?.closest('dialog')"))
     press(page, "Control+k")
     expect(page.get_by_role("combobox", name="Find")).to_be_focused()
     page.keyboard.type(typed)

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import expect
 
 import picture
-from conftest import PASSWORD, ROOT
+from conftest import PASSWORD, ROOT, wait_until
 from test_pages_browser import live, serve, task
 
 SHOP = (ROOT / "examples" / "ecommerce.yaml").read_text()
@@ -97,7 +97,7 @@ def test_the_picture_is_zoomed_and_moved_by_key_wheel_and_mouse(shop, page):
     page.keyboard.down("Control")
     page.mouse.wheel(0, -400)
     page.keyboard.up("Control")
-    page.wait_for_function("document.querySelector('.graph > svg').width.baseVal.value > 2000")
+    wait_until(lambda: width() > 2000)
     before = graph.evaluate("e => e.scrollLeft")
     page.mouse.move(box["x"] + 600, box["y"] + 40)
     page.mouse.down()
