@@ -346,15 +346,14 @@ def test_a_person_finds_only_what_they_may_see(shop, open_browser):
         expect(options.filter(has_text=never)).to_have_count(0)
 
 
-def test_a_palette_without_its_hub_still_has_the_pages(shop, page, problems):
+def test_a_palette_without_its_hub_still_has_the_pages(shop, page):
     page.goto("/tasks")
-    page.route("**/palette*", lambda route: route.abort())
+    page.route("**/palette*", lambda route: route.fulfill(status=204))  # as from a proxy
     options = palette(page, "eve")
     expect(page.locator("#palette-said")).to_contain_text("The hub did not answer")
     expect(options.first).to_contain_text("Events")
     press(page, "Enter")
     expect(page).to_have_url(f"{shop.url}/events")
-    problems[:] = [p for p in problems if "ERR_FAILED" not in p]
 
 
 @pytest.mark.parametrize(
