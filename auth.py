@@ -328,6 +328,14 @@ def _count_try(who: tuple, most: int, now: float) -> None:
             _wrong.popitem(last=False)
 
 
+def _begin_try(username: str, address: str) -> tuple[tuple, tuple]:
+    """Count a try at a password; what `_forgive` needs when it is right. Raises TooMany."""
+    now, account, place = time.monotonic(), (username.lower(), address), (None, address)
+    _count_try(place, TRIES_OF_ADDRESS, now)
+    _count_try(account, TRIES, now)
+    return account, place
+
+
 def _forgive(account: tuple, address: tuple) -> None:
     with _wrong_lock:
         _wrong.pop(account, None)
@@ -339,9 +347,7 @@ def login(username: str, password: str, address: str = "", kind: str = "api") ->
     """Return (token, user) for the right password. Raises Unauthorised or TooMany."""
     if len(username) > NAME_MOST or len(password) > PASSWORD_MOST:
         raise Unauthorised("User name or password is wrong.", code="wrong_password")
-    now, account, place = time.monotonic(), (username.lower(), address), (None, address)
-    _count_try(place, TRIES_OF_ADDRESS, now)
-    _count_try(account, TRIES, now)
+    account, place = _begin_try(username, address)
     user = one("SELECT * FROM user WHERE username = ?", (username,))
     stored = (user or {}).get("password_hash") or _NOBODY  # the same work for unknown names
     right = offloop(check_password_hash, stored, password)
@@ -447,9 +453,7 @@ def change_own_password(caller: Caller, old: str, new: str, address: str = "") -
     too short, TooMany.
     """
     _require_person(caller)
-    account, place = (caller.name.lower(), address), (None, address)
-    _count_try(place, TRIES_OF_ADDRESS, time.monotonic())
-    _count_try(account, TRIES, time.monotonic())
+    account, place = _begin_try(caller.name, address)
     stored = one("SELECT password_hash FROM user WHERE id = ?", (caller.id,))["password_hash"]
     if stored and not offloop(check_password_hash, stored, old[:PASSWORD_MOST]):
         raise Invalid("The present password is wrong.", field="old")
@@ -457,11 +461,10 @@ def change_own_password(caller: Caller, old: str, new: str, address: str = "") -
     hashed = hash_password(new)
     with transaction() as tx:
         User.update(password_hash=hashed).where(User.id == caller.id).execute()
-        execute("DELETE FROM token WHERE user_id = ? AND id <> ?", (caller.id, caller.token_id))
+        end_other_tokens(caller)
         tx.emit(
             "user_changed", None, caller.actor, {"username": caller.name, "changed": ["password"]}
         )
-        tx.tell("access")
 
 
 # ── all people ────────────────────────────────────────────────────────────────────────────────

@@ -9,6 +9,7 @@ Times are seconds since the epoch (float, UTC) in the tables; `iso()` writes the
 import json
 import logging
 import os
+import re
 import sqlite3
 import sys
 import threading
@@ -257,6 +258,11 @@ def newest(table: str, branches: list[dict], where: str, values: list, limit: in
     for part, marks in in_chunks(wanted):
         got |= {r["seq"]: r for r in rows(f"SELECT * FROM {table} WHERE seq IN {marks}", part)}
     return [got[seq] for seq in wanted]
+
+
+def containing(text: str) -> str:
+    """The pattern of `LIKE ? ESCAPE '\\'` for what contains the text as it is."""
+    return "%" + re.sub(r"([%_\\])", r"\\\1", text) + "%"
 
 
 def insert_many(table: str, columns: tuple[str, ...], values: list[tuple]) -> None:

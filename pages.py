@@ -137,6 +137,11 @@ def project_ids() -> list[str]:
     return [chosen()["id"]] if chosen() else [p["id"] for p in visible()]
 
 
+def may_create() -> list[dict]:
+    """The projects the person may make tasks in."""
+    return [p for p in visible() if auth.can(person(), "task.create", p["id"])]
+
+
 @bp.url_defaults
 def _keep_project(endpoint: str, values: dict) -> None:
     if has_request_context() and endpoint not in OPEN_TO_ALL and request.args.get("project"):
@@ -416,6 +421,7 @@ def _forget(answer):
 # ── overview ──────────────────────────────────────────────────────────────────────────────────
 
 AT_WORK = ",".join(s for s in cascade.STATES if s in cascade.HOLDS_SLOT)
+NOT_FINISHED = ",".join(s for s in cascade.STATES if s in cascade.OPEN)
 WAITING_SHOWN = 10
 
 

@@ -14,32 +14,32 @@ import tasks
 import words
 from models import Invalid, Refused, iso
 from pages import (
+    NOT_FINISHED,
     SPEC_MOST,
     bp,
     by_id,
     chosen,
     go,
+    may_create,
     person,
     project_ids,
     scope,
     show,
     text_of,
     valid,
-    visible,
 )
 
 DRAWN_MOST = 500  # tasks in one picture
 LISTED_MOST = 100  # tasks of a pipeline in the table below it
 BARS_MOST = 200  # tasks in the picture of when
 NODES_MOST = 200_000  # of a pipeline's text with all its aliases written out
-VIEWS = ("graph", "time")
 
 
 @bp.get("/pipelines")
 def pipeline_list():
     """Pipelines with how far they are, newest first."""
     found = [reading.pipeline_json(row) for row in reading.list_pipelines(scope())]
-    return show("pipelines/list.html", pipelines=found, may_apply=bool(_may_apply()))
+    return show("pipelines/list.html", pipelines=found, may_apply=bool(may_create()))
 
 
 @bp.get("/pipelines/<ref>")
@@ -61,8 +61,9 @@ def pipeline(ref):
 def graph():
     """The newest tasks with what they wait for, or when and where they ran."""
     status = "open" if request.args.get("show") == "open" else None
-    states = ",".join(s for s in cascade.STATES if s in cascade.OPEN) if status else None
-    found, more = reading.list_tasks(scope(), status=states, limit=DRAWN_MOST)
+    found, more = reading.list_tasks(
+        scope(), status=NOT_FINISHED if status else None, limit=DRAWN_MOST
+    )
     shown = reading.tasks_json(found)
     page = _views([t["id"] for t in found], shown, {})
     return show("pipelines/graph.html", tasks=shown, more=more is not None, only=status, **page)
@@ -110,14 +111,10 @@ def states():
 # ── a new one ─────────────────────────────────────────────────────────────────────────────────
 
 
-def _may_apply() -> list[dict]:
-    return [p for p in visible() if auth.can(person(), "task.create", p["id"])]
-
-
 @bp.get("/pipelines/new")
 def new_pipeline():
     """Where a pipeline's file is pasted or opened, looked at and applied."""
-    allowed = _may_apply()
+    allowed = may_create()
     if not allowed:
         raise Invalid("There is no project you may create tasks in: make one, or ask an admin.")
     return render_template(

@@ -14,6 +14,7 @@ import web
 from models import Invalid, NotFound, one
 from pages import (
     NAME_MOST,
+    NOT_FINISHED,
     bp,
     done,
     named,
@@ -56,7 +57,7 @@ def server(ref):
     project = [row["project_id"]]
     at_work, _ = reading.list_tasks(
         project,
-        status=",".join(s for s in cascade.STATES if s in cascade.OPEN),
+        status=NOT_FINISHED,
         server_id=row["id"],
         limit=TASKS_SHOWN,
     )

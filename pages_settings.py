@@ -112,20 +112,18 @@ def settings():
 
 
 def _hub_settings() -> list[dict]:
-    """{name, value, help} of each; where it is set stands on the page."""
+    """{name, value, help} of each."""
     given = current_app.config["HUB"]
     return [
-        {"name": name, "value": given.get(name), "help": text, "default": default}
-        for name, default, text in current_app.config["HUB_SETTINGS"]
+        {"name": name, "value": given.get(name), "help": text}
+        for name, _, text in current_app.config["HUB_SETTINGS"]
     ]
 
 
 @bp.post("/settings/password")
 def change_password():
     """Change one's own password; every other browser and program is signed out."""
-    old, new = request.form.get("old", ""), request.form.get("new", "")
-    if len(new) > PASSWORD_MOST:
-        raise Invalid(f"The password is too long: at most {PASSWORD_MOST} characters.", field="new")
+    old, new = request.form.get("old", ""), _password("new") or ""
     auth.change_own_password(person(), old, new, request.remote_addr or "")
     return _told("The password is changed. Everywhere else you are signed out.")
 
@@ -178,12 +176,10 @@ def create_user():
     return done(url_for("pages.settings"))
 
 
-def _password() -> str | None:
-    given = request.form.get("password", "")
+def _password(field: str = "password") -> str | None:
+    given = request.form.get(field, "")
     if len(given) > PASSWORD_MOST:
-        raise Invalid(
-            f"The password is too long: at most {PASSWORD_MOST} characters.", field="password"
-        )
+        raise Invalid(f"The password is too long: at most {PASSWORD_MOST} characters.", field=field)
     return given or None
 
 

@@ -17,6 +17,7 @@ from pages import (
     ANSWER_MOST,
     AT_WORK,
     NAME_MOST,
+    NOT_FINISHED,
     SPEC_MOST,
     TITLE_MOST,
     as_json,
@@ -28,13 +29,13 @@ from pages import (
     done,
     go,
     lines_of,
+    may_create,
     named,
     object_of,
     person,
     scope,
     show,
     text_of,
-    visible,
     words_of,
 )
 
@@ -47,7 +48,7 @@ FILTERS = {
     "at-work": "at work",
     **{state: state.replace("_", " ") for state in cascade.STATES},
 }
-GROUPS = {"open": ",".join(s for s in cascade.STATES if s in cascade.OPEN), "at-work": AT_WORK}
+GROUPS = {"open": NOT_FINISHED, "at-work": AT_WORK}
 BOARD = {
     "Waiting": "pending",
     "Assigned": "assigned,planning",
@@ -79,7 +80,7 @@ def task_list():
         priorities=reading.PRIORITIES,
         among=servers.list_servers(scope()),
         pipeline=_pipeline(wanted["pipeline"]),
-        may_create=bool(_may_create()),
+        may_create=bool(may_create()),
         may_change=any(auth.can(person(), "task.change", p) for p in scope()),
     )
 
@@ -173,14 +174,10 @@ def _title(ref: str) -> str:
 # ── making and changing one ───────────────────────────────────────────────────────────────────
 
 
-def _may_create() -> list[dict]:
-    return [p for p in visible() if auth.can(person(), "task.create", p["id"])]
-
-
 @bp.get("/tasks/new")
 def new_task():
     """The form for a task of one project."""
-    allowed = _may_create()
+    allowed = may_create()
     if not allowed:
         raise Invalid("There is no project you may create tasks in: make one, or ask an admin.")
     project = chosen() or allowed[0]
@@ -374,6 +371,7 @@ def task(ref):
     row = auth.find("task", person(), ref)
     shown = reading.task_json(row)
     verbs = {v for v, (starts, _) in cascade.TRANSITIONS.items() if row["status"] in starts}
+    may_change = auth.can(person(), "task.change", row["project_id"])
     return show(
         "tasks/task.html",
         task=shown,
@@ -385,11 +383,11 @@ def task(ref):
         waits=inbox.waiting([row["project_id"]], row["id"]),
         plans=inbox.plans(person(), row["id"]),
         notes=list(reversed(reading.notes(person(), row["id"]))),
-        may_change=auth.can(person(), "task.change", row["project_id"]),
+        may_change=may_change,
         may_amend=auth.can(person(), "contract.amend", row["project_id"]),
         ended=row["status"] in cascade.FINAL,
         others=_others(row) if row["status"] == "pending" else [],
-        verbs=verbs if auth.can(person(), "task.change", row["project_id"]) else set(),
+        verbs=verbs if may_change else set(),
         targets=_targets(row["project_id"]) if "assign" in verbs else {},
         pipeline=one("SELECT id, name FROM pipeline WHERE id = ?", (row["pipeline_id"],)),
     )

@@ -5,7 +5,19 @@ from collections import defaultdict
 import cascade
 import routing
 from auth import Caller, can, find
-from models import Invalid, event_json, execute, in_chunks, iso, labels, loads, newest, one, rows
+from models import (
+    Invalid,
+    containing,
+    event_json,
+    execute,
+    in_chunks,
+    iso,
+    labels,
+    loads,
+    newest,
+    one,
+    rows,
+)
 from moves import HELD
 
 PRIORITIES = ("low", "normal", "high", "critical")
@@ -46,8 +58,7 @@ def list_tasks(
         values.append(PRIORITIES.index(priority))
     if q:
         where.append("(title LIKE ? ESCAPE '\\' OR spec LIKE ? ESCAPE '\\')")
-        like = "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
-        values += [like, like]
+        values += [containing(q)] * 2
     if cursor is not None:
         where.append("seq < ?")
         values.append(cursor)

@@ -19,6 +19,7 @@ from models import (
     Invalid,
     Transaction,
     bus,
+    containing,
     dumps,
     execute,
     iso,
@@ -130,12 +131,11 @@ def list_sessions(
         where.append("server_id = ?")
         values.append(server_id)
     if q:
-        like = "%" + re.sub(r"([%_\\])", r"\\\1", q) + "%"
         where.append(
             "(name LIKE ? ESCAPE '\\' OR EXISTS (SELECT 1 FROM task WHERE task.id = session.task_id"
             " AND title LIKE ? ESCAPE '\\'))"
         )
-        values += [like, like]
+        values += [containing(q)] * 2
     return session_views(newest("session", branches, " AND ".join(where), values, LIST_MOST))
 
 

@@ -29,14 +29,9 @@ from figures import (  # noqa: E402
 )
 
 from demo import Demo  # noqa: E402
-from processes import Client, until  # noqa: E402
+from processes import CHROMIUM, CHROMIUM_FLAGS, Client, until  # noqa: E402
 
 MEASUREMENTS = ("events", "typing", "flood", "board", "graph")
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
 RATE = 50  # events a second
 SHOWN = 20  # tasks on the page that is watched
 KEYS = 150
@@ -148,7 +143,7 @@ class Pages:
 
     def __init__(self, demo: Demo, playwright):
         self.demo = demo
-        self.browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        self.browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
         context = self.browser.new_context(
             base_url=demo.url, viewport={"width": 1280, "height": 900}
         )

@@ -11,14 +11,9 @@ from playwright.sync_api import sync_playwright
 
 import showcase
 from demo import Demo
-from processes import ROOT, until
+from processes import CHROMIUM, CHROMIUM_FLAGS, ROOT, until
 
 FOLDER = ROOT / "docs" / "screenshots"
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
 DESKTOP = {"width": 1280, "height": 800}
 LOOKS = {
     "light": {"viewport": DESKTOP, "color_scheme": "light"},
@@ -97,7 +92,7 @@ def _screen(call) -> str:
 def take(demo: Demo, made: dict[str, str]) -> None:
     """One picture of each page in each look."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
         for look, options in LOOKS.items():
             context = browser.new_context(base_url=demo.url, **options)
             context.add_cookies(

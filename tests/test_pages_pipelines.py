@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 
 import picture
 from conftest import PASSWORD, ROOT, wait_until
-from test_pages_browser import live, serve, task
+from test_pages_browser import drawn, live, serve, task
 
 SHOP = (ROOT / "examples" / "ecommerce.yaml").read_text()
 
@@ -257,17 +257,6 @@ def test_who_may_not_create_tasks_makes_no_pipeline(shop, open_browser, problems
 
 
 # ── without a browser ─────────────────────────────────────────────────────────────────────────
-
-
-def drawn(name: str, *ups: str) -> dict:
-    link = {"dependency_type": "blocks", "resolved": False, "contract_key": None}
-    return {
-        "id": name,
-        "title": name,
-        "assigned_server_name": None,
-        "target_repo": None,
-        "dependencies": [link | {"depends_on_task_id": up} for up in ups],
-    }
 
 
 def test_no_box_lies_on_another_and_every_arrow_goes_right():
