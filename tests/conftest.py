@@ -69,7 +69,7 @@ def tmux_sockets():
         del os.environ["TMUX_TMPDIR"]
 
 
-def wait_until(condition, timeout: float = 10.0, every: float = 0.02):
+def wait_until(condition, timeout: float = 20.0, every: float = 0.02):
     """The first true value `condition()` gives; fails when there is none within `timeout` s."""
     deadline = time.monotonic() + timeout
     while True:
@@ -762,8 +762,9 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=20_000)  # ms: on a busy machine too, only a condition counts
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield chromium

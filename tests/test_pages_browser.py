@@ -13,6 +13,7 @@ from playwright.sync_api import expect
 import pages
 import picture
 import words
+from browsing import live
 from conftest import PASSWORD, ROOT, AgentProcess
 
 HOSTILE = (
@@ -41,12 +42,6 @@ def serve(hub, name: str = "dev", **body) -> str:
     key = hub.register(name, **body)["api_key"]
     hub.api("POST", "servers/heartbeat", {}, key=key)
     return key
-
-
-def live(page):
-    """The page once its stream of events stands."""
-    expect(page.locator("#link")).to_have_attribute("data-state", "live")
-    return page
 
 
 # ── signing in ────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ from playwright.sync_api import expect
 
 import models
 import pages
+from browsing import live, press
 from conftest import PASSWORD, Client, wait_until
 
 HOSTILE = "<img src=x onerror=window.owned=1> parser"
@@ -18,11 +19,6 @@ def page(open_browser):
     return open_browser()
 
 
-def live(page):
-    expect(page.locator("#link")).to_have_attribute("data-state", "live")
-    return page
-
-
 def task(hub, title: str, **fields) -> dict:
     return hub.api("POST", "tasks", {"title": title} | fields)
 
@@ -30,12 +26,6 @@ def task(hub, title: str, **fields) -> dict:
 def three_tasks(hub) -> list[dict]:
     """Three tasks, as the page lists them: newest first."""
     return [task(hub, title) for title in ("Third", "Second", "First")][::-1]
-
-
-def press(page, keys: str) -> None:
-    page.wait_for_load_state("load")  # its scripts have run then
-    for key in keys.split():
-        page.keyboard.press(key)
 
 
 def link(page, title: str):

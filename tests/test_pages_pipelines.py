@@ -8,8 +8,9 @@ import pytest
 from playwright.sync_api import expect
 
 import picture
+from browsing import live
 from conftest import PASSWORD, ROOT, wait_until
-from test_pages_browser import drawn, live, serve, task
+from test_pages_browser import drawn, serve, task
 
 SHOP = (ROOT / "examples" / "ecommerce.yaml").read_text()
 

@@ -16,6 +16,7 @@ import hub as hub_module
 import models
 import sessions
 import web
+from browsing import live, press
 from conftest import PASSWORD, Client, wait_until
 
 PREFIX = "/mission"
@@ -151,11 +152,6 @@ def hub(proxy, start_hub):
     return start_hub(port=proxy.target, url=proxy.url)
 
 
-def live(page):
-    expect(page.locator("#link")).to_have_attribute("data-state", "live")
-    return page
-
-
 def test_everything_stays_under_the_prefix(shop, proxy, open_browser):
     made = shop.api("POST", "tasks", {"title": "Write the parser"})
     page = open_browser(token=None)
@@ -175,14 +171,14 @@ def test_everything_stays_under_the_prefix(shop, proxy, open_browser):
     page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Cancel task").click()
     expect(page.locator(".standing")).to_contain_text("cancelled")
-    page.keyboard.press("Control+k")
+    press(page, "Control+k")
+    expect(page.get_by_role("combobox")).to_be_focused()
     page.keyboard.type("test the")
     expect(page.get_by_role("option", name="Test the parser")).to_be_visible()
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text("Test the parser")
     for key, path in {"o": "/", "s": "/sessions", "v": "/servers", "e": "/events"}.items():
-        page.keyboard.press("g")
-        page.keyboard.press(key)
+        press(page, f"g {key}")
         expect(page).to_have_url(f"{shop.url}{path}")
         links = page.eval_on_selector_all(
             "a[href], form", "all => all.map(a => a.href || a.action)"

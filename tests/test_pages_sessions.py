@@ -12,8 +12,9 @@ from playwright.sync_api import expect
 
 import wire
 import words
+from browsing import live
 from conftest import PASSWORD, ROOT, wait_until
-from test_pages_browser import forgive, live, serve
+from test_pages_browser import forgive, serve
 from test_terminal_browser import Terminal
 
 FAST = {"tick_s": 0.2, "due_s": 0.2, "heartbeat_s": 0.5, "offline_after_s": 60, "grace_s": 0.5}

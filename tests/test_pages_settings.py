@@ -11,8 +11,9 @@ import models
 import picture
 import reading
 import servers
+from browsing import live
 from conftest import PASSWORD
-from test_pages_browser import forgive, live, serve, task
+from test_pages_browser import forgive, serve, task
 
 SYSTEM = {"cpu_count": 4, "load_1m": 2.0, "memory_percent": 31.4, "disk_percent": 80}
 

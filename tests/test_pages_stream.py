@@ -6,6 +6,7 @@ from contextlib import suppress
 import pytest
 from playwright.sync_api import expect
 
+from browsing import live
 from conftest import PASSWORD, cookie, wait_until
 from test_pages_prefix import Proxy
 
@@ -24,11 +25,6 @@ def proxy():
 def hub(proxy, start_hub):
     """A hub behind a proxy that counts."""
     return start_hub(port=proxy.target, url=proxy.url)
-
-
-def live(page):
-    expect(page.locator("#link")).to_have_attribute("data-state", "live")
-    return page
 
 
 def tasks_of(context, hub):

@@ -5,8 +5,9 @@ import re
 import pytest
 from playwright.sync_api import expect
 
+from browsing import live
 from conftest import PASSWORD
-from test_pages_browser import forgive, live, serve, task
+from test_pages_browser import forgive, serve, task
 
 
 @pytest.fixture

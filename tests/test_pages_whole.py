@@ -8,8 +8,8 @@ import sys
 import pytest
 from playwright.sync_api import expect
 
+from browsing import live
 from conftest import ROOT, clean_env, wait_until
-from test_pages_browser import live
 
 FAST = {"tick_s": 0.2, "due_s": 0.2, "heartbeat_s": 0.5, "grace_s": 0.5}
 REPOS = {
