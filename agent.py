@@ -1565,8 +1565,9 @@ def times_path(log_path):
 
 def run_program(argv, cwd):
     """Become the program; its end is the exit code a shell would give."""
-    # Python changes the effect of these, programs expect the usual one.
-    for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+    # Python changes the effect of some, and an agent that was started with `nohup` or in the
+    # background of a script ignores others; programs expect the usual one.
+    for number in {*LEADER_SIGNALS, signal.SIGPIPE, signal.SIGXFSZ}:
         signal.signal(number, signal.SIG_DFL)
     try:
         os.chdir(cwd)

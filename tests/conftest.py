@@ -69,6 +69,13 @@ def tmux_sockets():
         del os.environ["TMUX_TMPDIR"]
 
 
+# A run in the background of a script ignores these, and would hand that on to all it starts.
+for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        _usual = signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(_number, _usual)
+
+
 def wait_until(condition, timeout: float = 20.0, every: float = 0.02):
     """The first true value `condition()` gives; fails when there is none within `timeout` s."""
     deadline = time.monotonic() + timeout

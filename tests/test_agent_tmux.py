@@ -833,3 +833,25 @@ def test_a_revoked_key_is_said_and_sessions_go_on(agent, wire):
     until(lambda: "This key is not known" in (agent.state / "agent.log").read_text())
     assert agent.process.poll() is None
     assert len(agent.tmux("list-sessions").splitlines()) == 1
+
+
+def test_a_program_heeds_signals_that_its_agent_was_told_to_ignore(tmp_path):
+    """An agent started with nohup, or in the background of a script, ignores some."""
+    ignored = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
+    (tmp_path / "output.log").touch()
+    order = {
+        "argv": ["grep", "SigIgn", "/proc/self/status"],
+        "env": {},
+        "cwd": str(tmp_path),
+        "log": str(tmp_path / "output.log"),
+    }
+    (tmp_path / "run.json").write_text(json.dumps(order))
+    said = subprocess.run(
+        [sys.executable, str(ROOT / "agent.py"), "--exec-session", str(tmp_path / "run.json")],
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    mask = int(said.stdout.split()[1], 16)
+    assert [number for number in ignored if mask >> (number - 1) & 1] == []

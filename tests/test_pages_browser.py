@@ -14,7 +14,7 @@ import pages
 import picture
 import words
 from browsing import live
-from conftest import PASSWORD, ROOT, AgentProcess
+from conftest import PASSWORD, ROOT
 
 HOSTILE = (
     "<script>window.owned = 1</script><img src=x onerror=window.owned=1> \u202egnp.exe \x1b[2J"
@@ -375,12 +375,9 @@ def test_a_server_is_drained_resumed_and_revoked(shop, page):
 
 
 @pytest.fixture
-def agent(shop, tmp_path):
+def agent(shop, start_agent):
     """A real agent of the shop, with one repo."""
-    made = AgentProcess(shop, tmp_path / "dev", "dev", repos=["core"])
-    yield made.start()
-    made.stop()
-    made.tmux("kill-server")
+    return start_agent(shop, "dev", repos=["core"])
 
 
 WORKER = r"""

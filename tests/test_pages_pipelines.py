@@ -181,6 +181,7 @@ def test_a_file_is_opened_checked_drawn_and_applied(shop, page):
         serve(shop, name)
     page.goto("/pipelines")
     page.get_by_role("link", name="New pipeline").click()
+    page.wait_for_load_state("load")  # a person takes longer to choose one
     page.locator("#open-file").set_input_files(ROOT / "examples" / "ecommerce.yaml")
     expect(page.get_by_label("The pipeline's file")).to_have_value(SHOP)
     page.get_by_role("button", name="Check and draw").click()
