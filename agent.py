@@ -29,6 +29,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import itertools
 import json
 import logging
@@ -79,6 +80,10 @@ SETTINGS = (  # name, default, help; a key of the same name in the config file o
     ("log_keep_mb", 64, "most output of one session kept for a hub that is away, in megabytes"),
     ("screen_s", 5, "how often a changed screen is sent"),
     ("close_grace_s", 3, "time a program has to end by itself when its session is closed"),
+    ("activity_s", 1, "how often it is looked at what a coding agent does"),
+    ("progress_s", 60, "how often it is said that a worker makes progress"),
+    ("hook_patience_s", 2, "longest wait for the hub before a prompt is left to the terminal"),
+    ("detect_s", 20, "longest wait for a coding agent to say its version"),
     ("typing_limit_s", 2, "longest wait for typed text to appear before it is submitted"),
 )
 
@@ -490,6 +495,9 @@ class Session:
     pane_id: str = ""
     pid: int | None = None
     terminal: str = "tmux"
+    launch: str = ""  # names this start, so that hooks of an earlier one are known
+    conversation: str | None = None  # the coding agent's own id of its conversation
+    mode: str | None = None
     closing: bool = False
     cancelled: bool = False
     exit_code: int | None = None
@@ -558,9 +566,9 @@ class Store:
     # -- spool
 
     def spool(self, *frames):
+        """The number of the last frame."""
         with self._transaction() as db:
-            for frame in frames:
-                self._append(db, frame)
+            return [self._append(db, frame) for frame in frames][-1]
 
     @staticmethod
     def _append(db, frame):
@@ -1058,6 +1066,7 @@ class Pane:
     pid: int
     piped: bool
     server_pid: int
+    title: str = ""
 
 
 class Tmux:
@@ -1066,7 +1075,7 @@ class Tmux:
     kind = "tmux"
     PANE = (
         "#{session_name} #{pane_id} #{pane_dead} #{pane_pid} #{pane_pipe} #{pid}"
-        " [#{pane_dead_status}] [#{pane_dead_signal}]"
+        " [#{pane_dead_status}] [#{pane_dead_signal}]\t#{pane_title}"
     )
     NO_SERVER = ("no server running on", "error connecting to", "no current target")
     # For a live view: every key is the program's, and what is drawn is the program's screen. Set
@@ -1147,9 +1156,11 @@ class Tmux:
 
     @staticmethod
     def _pane(line):
+        line, _, title = line.partition("\t")
         name, pane_id, dead, pid, piped, server_pid, status, death = line.rsplit(" ", 7)
         code = exit_code_of(status.strip("[]"), death.strip("[]"))
-        return name, Pane(pane_id, dead == "1", code, int(pid), piped == "1", int(server_pid))
+        ends = dead == "1", code, int(pid), piped == "1", int(server_pid)
+        return name, Pane(pane_id, *ends, title)
 
     def pane_state(self, name):
         """{pane_id, pane_in_mode, cursor} of the session's active pane, dead or alive."""
@@ -1881,6 +1892,7 @@ class Sessions:
         self.bin = install_cli(make_private_dir(state_dir / "bin"))
         self.profiles = parse_profiles(store.get("profiles", {}))
         self.lock = threading.RLock()
+        self.on_typed = lambda session: None  # told of what people type
         self.all = {session.session_id: session for session in store.sessions()}
         self._releases = can_release(self.root)
         self._release_at = 0.0
@@ -1928,7 +1940,10 @@ class Sessions:
         return {name: pane for found in panes for name, pane in found.items()}
 
     def directory(self, session):
-        return self.root / session.session_id
+        return self.directory_of(session.session_id)
+
+    def directory_of(self, session_id):
+        return self.root / session_id
 
     def log_path(self, session):
         return self.directory(session) / "output.log"
@@ -1974,7 +1989,8 @@ class Sessions:
     def _start(self, order, task):
         session_id = valid_session_id(order["session_id"])
         profile = self.profile(order.get("profile"))
-        argv = program_of(order, task, profile)
+        launch = Launch(self.directory_of(session_id), order, profile)
+        argv = program_of(order, task, profile, launch)
         session = Session(
             session_id,
             f"orc-{session_id[:12]}",
@@ -1985,8 +2001,11 @@ class Sessions:
             title=(task or {}).get("title") or order.get("name") or "",
             working_directory=self._directory_of(order),
             terminal=self.kind,
+            launch=launch.id,
+            conversation=launch.conversation,
+            mode=order.get("mode"),
         )
-        self._write_files(session, order, task, argv)
+        self._write_files(session, order, task, argv, launch)
         self.store.save(session)
         self.all[session_id] = session
         try:
@@ -2027,14 +2046,15 @@ class Sessions:
             )
         return self.profiles[name]
 
-    def _write_files(self, session, order, task, argv):
+    def _write_files(self, session, order, task, argv, launch):
         directory = make_private_dir(self.directory(session))
+        launch.write()
         os.close(open_private(self.log_path(session), os.O_CREAT | os.O_APPEND | os.O_WRONLY))
         if task is not None:
             write_private(directory / "task.json", json.dumps(task, indent=2))
         run = {
             "argv": argv,
-            "env": self._environment(session, order, task),
+            "env": {**launch.env, **self._environment(session, order, task)},
             "cwd": session.working_directory,
             "log": str(self.log_path(session)),
         }
@@ -2086,6 +2106,7 @@ class Sessions:
             "working_directory": session.working_directory,
             "task_id": session.task_id,
             "attempt": session.attempt,
+            "conversation": session.conversation,
         }
 
     @staticmethod
@@ -2235,16 +2256,48 @@ class Sessions:
         """Type text and submit it. Raises AgentError, and then nothing was submitted."""
         session = self.get_live(session_id)
         terminal = self.terminal(session)
+        profile = self.profiles.get(session.profile) or {}
         text = typeable(text)
+        if profile.get("text") and text.endswith("\\"):
+            text += "\n"  # or it would take the Enter behind it
         with self._typing[session_id]:
             terminal.settle(session.tmux_name)
             before = self._ready_for_typing(session)
+            self._refuse_dialog(session, profile)
             if text:
                 terminal.paste(session.tmux_name, text)
                 self._wait_for_text(session, before)
             # A byte, not the key's name: "Enter" is not submitted by every tmux.
             terminal.send(session.tmux_name, b"\r")
+            if text and profile.get("draft"):
+                self._see_submitted(session, profile["draft"])
         self._look_soon(session)
+
+    def _refuse_dialog(self, session, profile):
+        """Raises AgentError when a dialog is on the screen, which would take the text for keys."""
+        if not profile.get("screens"):
+            return
+        lines = self.terminal(session).screen(session.tmux_name)
+        state = (read_screen(profile, lines) or {}).get("state") or ""
+        if state.startswith("blocked"):
+            raise AgentError(
+                f"The session waits at a prompt ({state}): answer that first; nothing was typed."
+            )
+
+    def _see_submitted(self, session, draft):
+        """Wait until the prompt box is empty; Enter again while the text visibly stays there.
+        Raises AgentError when it stays."""
+        start = time.monotonic()
+        again = start + 0.5
+        while time.monotonic() - start < self.settings.typing_limit_s:
+            lines = self.terminal(session).screen(session.tmux_name)
+            if not draft_of(draft, lines):
+                return
+            if time.monotonic() > again:
+                self.terminal(session).send(session.tmux_name, b"\r")
+                again += 0.5
+            time.sleep(0.03)
+        raise AgentError("What was typed stays in the prompt: it was not submitted.")
 
     def _ready_for_typing(self, session):
         state = self._own_pane(session)
@@ -2288,6 +2341,16 @@ class Sessions:
                 self._own_pane(session)
                 terminal.send(session.tmux_name, data)
         self._look_soon(session)
+        self.on_typed(session)
+
+    def send_keys(self, session, keys):
+        """Press keys that answer a dialog."""
+        terminal = self.terminal(session)
+        with self._typing[session.session_id]:
+            terminal.settle(session.tmux_name)
+            self._ready_for_typing(session)
+            terminal.send(session.tmux_name, keys)
+        self._look_soon(session)
 
     def input_at_once(self, session_id, data):
         """The same if nothing has to be waited for; whether it was done."""
@@ -2301,6 +2364,7 @@ class Sessions:
             typing.release()
         if done:
             self._look_soon(session)
+            self.on_typed(session)
         return done
 
     def resize(self, session_id, cols, rows):
@@ -2555,6 +2619,12 @@ class Sessions:
             )
 
 
+def draft_of(pattern, lines):
+    """What stands in the prompt box, "" for nothing: the group of the last line that fits."""
+    found = [match for match in (re.search(pattern, line) for line in lines) if match]
+    return found[-1][1].strip(" \u00a0") if found else ""
+
+
 def valid_session_id(session_id):
     """The id, if it is a UUID: it names a directory and a tmux session."""
     return valid_id(session_id, "a session")
@@ -2585,10 +2655,101 @@ def parse_profiles(texts):
     return profiles
 
 
-def program_of(order, task, profile):
+class Launch:
+    """How a profile starts its coding agent in one session: its words, files and environment.
+
+    What a profile writes in braces stands for: {files} the directory of the files written for it,
+    {prompt_file}, {conversation} (an id chosen here), {model}, {mode}, {session_id}, {directory}
+    and {hook} (the command of our hook client, for a shell)."""
+
+    def __init__(self, directory, order, profile):
+        self.id = str(uuid.uuid4())
+        self.profile = profile
+        self.files = directory / "files"
+        self.prompt = order.get("prompt")
+        self.resumes = order.get("resume")
+        self.conversation = self.resumes
+        if profile.get("start") == "agent" and not self.resumes:
+            self.conversation = str(uuid.uuid4())
+        hook = [sys.executable, "-I", "-S", os.path.abspath(__file__), "--hook", str(directory)]
+        self.values = {
+            "files": str(self.files),
+            "prompt_file": str(self.files / "prompt.md") if self.prompt else "",
+            "conversation": self.conversation or "",
+            "model": order.get("model") or "",
+            "mode": self._mode(order.get("mode")),
+            "session_id": order["session_id"],
+            "directory": str(directory),
+            "hook": shlex.join([*hook, self.id]),
+        }
+        self.env = {name: self.fill(text) for name, text in (profile.get("env") or {}).items()}
+
+    def _mode(self, mode):
+        modes = self.profile.get("modes") or ()
+        if mode and mode not in modes:
+            raise AgentError(
+                f"The profile {self.profile.get('name')} has no mode {printable(mode, 60)}: use "
+                f"{', '.join(modes) or 'none'}."
+            )
+        return mode or ""
+
+    def fill(self, text):
+        """`text` with what stands in braces replaced; other braces stay."""
+        return re.sub(r"\{(\w+)\}", lambda m: self.values.get(m[1], m[0]), str(text))
+
+    def argv(self):
+        """The words that start the agent, or take up its conversation again."""
+        groups = self.profile.get("resume" if self.resumes else "argv")
+        if not groups:
+            raise AgentError(
+                f"The profile {self.profile.get('name')} cannot take up a conversation again: "
+                "start a new session."
+            )
+        words = []
+        for group in groups:
+            if isinstance(group, dict):
+                group = group["add"] if self.values.get(group["when"]) else ()
+            words += [self.fill(word) for word in group]
+        return words
+
+    def write(self):
+        """Write the files of the profile, the prompt, and what the hook client must know."""
+        if self.profile.get("start") != "agent":
+            return
+        make_private_dir(self.files)
+        for name, content in (self.profile.get("files") or {}).items():
+            path = self.files / name
+            make_private_dir(path.parent)
+            text = content if isinstance(content, str) else json.dumps(self._filled(content))
+            write_private(path, self.fill(text) if isinstance(content, str) else text)
+        if self.prompt:
+            write_private(self.files / "prompt.md", self.prompt)
+        ours = {"answers": self.profile.get("answers") or {}, "launch": self.id}
+        ours["agent"] = self.profile.get("name")
+        write_private(self.files.parent / "hooks.json", json.dumps(ours))
+
+    def _filled(self, value):
+        if isinstance(value, dict):
+            return {self.fill(key): self._filled(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._filled(item) for item in value]
+        return self.fill(value) if isinstance(value, str) else value
+
+
+def through_login_shell(argv):
+    """The program with the PATH its user has in a terminal, ours before it."""
+    shell = os.environ.get("SHELL") or pwd.getpwuid(os.getuid()).pw_shell or "/bin/sh"
+    if os.path.basename(shell) not in ("sh", "bash", "dash", "ksh", "zsh"):
+        shell = "/bin/sh"  # others spell "$@" differently
+    return [shell, "-l", "-c", 'export PATH="$ORCHESTRATIA_BIN:$PATH"; exec "$@"', shell, *argv]
+
+
+def program_of(order, task, profile, launch=None):
     """The argument list a session runs. Raises AgentError if there is none."""
     command = order.get("command") or (task or {}).get("command")
-    if profile.get("start") not in ("shell", "task_command"):
+    if profile.get("start") == "agent" and not command:
+        return through_login_shell(launch.argv())
+    if profile.get("start") not in ("shell", "task_command", "agent"):
         raise AgentError(
             f"The profile {order['profile']} starts in a way this agent ({VERSION}) does not "
             "know: update the agent."
@@ -2697,12 +2858,655 @@ def signal_process(pid, number):
         os.kill(pid, number)
 
 
+# >>> activity
+def start_state(at):
+    return {"activity": "no_signal", "reason": "nothing was seen yet", "signal": "", "since": at}
+
+
+def reduce(profile, state, signal):
+    return state
+
+
+def explain(profile, state, now):
+    return []
+
+
+def read_screen(profile, lines):
+    return None
+
+
+def keys_for(profile, lines, answer):
+    return None
+
+
+# <<< activity
+
+
+def hook_of(profile, event):
+    """What an event means, {} for one that the profile does not know."""
+    return next((hook for hook in profile.get("hooks") or () if hook["event"] == event), {})
+
+
+# ---------------------------------------------------------------------------- what an agent does
+
+
+LOOKS = 4  # at a screen that does not change: then it is known what it shows
+
+
+class Activities:
+    """What each session's program is doing, by `reduce`: fed by hooks, titles and screens, told to
+    the hub when it changes."""
+
+    def __init__(self, sessions, outgoing, settings):
+        self.sessions = sessions
+        self.outgoing = outgoing
+        self.settings = settings
+        self.lock = threading.RLock()
+        self.states = {}  # session id: state of the reducer
+        self.screens = {}  # session id: (what the screen shows, lines) at the last look
+        self._told = {}  # session id: (activity, reason, time of progress) as the hub has it
+        self._progress = {}  # session id: when there was a sign of it
+        self._sizes = {}  # session id: log size at the last look
+        self._looked = {}  # session id: (log size, looks since it changed)
+
+    def of(self, session_id):
+        """The activity as one word, None when nothing is known."""
+        state = self.states.get(session_id)
+        return state["activity"] if state else None
+
+    def blocked(self, session_id):
+        return (self.of(session_id) or "").startswith("blocked")
+
+    def profile(self, session):
+        """The session's profile as it is now; one that is gone knows nothing."""
+        return self.sessions.profiles.get(session.profile) or {}
+
+    def signal(self, session, kind, **said):
+        """Take a signal into account, and tell the hub if that changes the activity."""
+        now = time.time()
+        with self.lock:
+            profile = self.profile(session)
+            before = self.states.get(session.session_id) or start_state(now)
+            after = reduce(profile, before, {"kind": kind, "at": now, **said})
+            self.states[session.session_id] = after
+            if kind == "hook":
+                self._progress[session.session_id] = now
+            self._tell(session, profile, after, now)
+        return after
+
+    def _tell(self, session, profile, state, now):
+        told = self._told.get(session.session_id, (None, None, 0))
+        progress = self._progress.get(session.session_id, state["since"])
+        news = (state["activity"], state["reason"]) != told[:2]
+        if not news and progress - told[2] < self.settings.progress_s:
+            return
+        self._told[session.session_id] = state["activity"], state["reason"], progress
+        self.outgoing.spool(
+            {
+                "type": "session_activity",
+                "session_id": session.session_id,
+                "state": state["activity"],
+                "reason": state["reason"],
+                "signal": state["signal"],
+                "since": state["since"],
+                "progress": progress,
+                "signals": explain(profile, state, now),
+            }
+        )
+
+    def look(self, panes, now):
+        """Look at the titles and screens of all live sessions; returns {session id: dialog} of
+        those that show one."""
+        dialogs = {}
+        for session in self.sessions.live():
+            pane = panes.get(session.tmux_name)
+            if pane is None or pane.dead:
+                continue
+            with contextlib.suppress(AgentError):  # it has just ended; the monitor says so
+                dialog = self._look_at(session, pane, now)
+                if dialog:
+                    dialogs[session.session_id] = dialog
+        for session_id in self.states.keys() - {s.session_id for s in self.sessions.live()}:
+            memories = self.states, self.screens, self._told, self._progress
+            for memory in (*memories, self._sizes, self._looked):
+                memory.pop(session_id, None)
+        return dialogs
+
+    def _look_at(self, session, pane, now):
+        profile = self.profile(session)
+        if profile.get("titles") and pane.title:
+            self.signal(session, "title", title=pane.title)
+        self._note_output(session)
+        if self._is_worth_a_look(session, profile):
+            lines = self.sessions.terminal(session).screen(session.tmux_name)
+            self.signal(session, "screen", lines=lines)
+            shown = read_screen(profile, lines)
+            self.screens[session.session_id] = shown, lines
+            return shown and shown.get("dialog")
+        self.signal(session, "tick")
+
+    def _is_worth_a_look(self, session, profile):
+        """Whether the screen may show something else than at the last looks, of which two must
+        agree."""
+        if profile.get("start") != "agent" and session.profile is not None:
+            return False
+        size, looks = self._looked.get(session.session_id, (None, 0))
+        now = self.sessions.log_size(session)
+        self._looked[session.session_id] = now, looks + 1 if size == now else 0
+        return size != now or looks < LOOKS
+
+    def _note_output(self, session):
+        """Where no hook is heard, output is a sign of progress."""
+        size = self.sessions.log_size(session)
+        if self._sizes.get(session.session_id) != size:
+            self._sizes[session.session_id] = size
+            if not self.profile(session).get("hooks"):
+                self._progress[session.session_id] = time.time()
+
+
+# ---------------------------------------------------------------------------- permissions
+
+
+@dataclasses.dataclass
+class Request:
+    """A permission request that waits for its answer. via: `hook`, held by a hook client, or
+    `screen`, answered by the key that its dialog takes."""
+
+    request_id: str
+    session_id: str
+    via: str
+    tool: str
+    tool_use_id: str | None = None
+    fingerprint: str | None = None
+    spool: int = 0
+    held: bool = False  # a hook client waits right now
+    since: float = 0.0
+    answer: dict | None = None
+    changed: threading.Event = dataclasses.field(default_factory=threading.Event, repr=False)
+
+    def row(self):
+        shown = ("request_id", "session_id", "via", "tool", "tool_use_id", "fingerprint", "since")
+        return {name: getattr(self, name) for name in shown}
+
+
+class Rules:
+    """The hub's rules, kept for when it is away, with the engine that reads them."""
+
+    def __init__(self, store, state_dir):
+        self.store = store
+        self.path = state_dir / "rules.json"
+        self.engine = None
+        self.kept = store.get("rules") or {}
+        self._load()
+
+    def take(self, kept):
+        self.store.put("rules", kept)
+        self.kept = kept
+        self._load()
+
+    def _load(self):
+        if self.kept.get("engine"):
+            write_private(self.path, json.dumps(self.kept))  # for hooks while we are away
+            self.engine = engine_of(self.kept)
+
+    @property
+    def etag(self):
+        return self.kept.get("etag")
+
+    def judge(self, request):
+        """The engine's verdict; it asks when there are no rules yet."""
+        if self.engine is None:
+            return {"decision": "ask", "rule": None, "because": "no rules are known here yet"}
+        return self.engine.judge(self.kept["rules"], {**request, **self.kept["origin"]})
+
+
+def engine_of(kept):
+    """The rules engine as the hub has sent it: the same text there and here, so that a rule means
+    the same. (The hub starts programs here anyway: this gives it no power it lacks.)"""
+    module = types.ModuleType("orchestratia_rules")
+    exec(compile(kept["engine"], "rules.py", "exec"), module.__dict__)  # noqa: S102
+    return module
+
+
+def call_of(session_id, profile, payload):
+    """A tool call of a hook's payload as rules judge it."""
+    given = payload.get("tool_input")
+    return {
+        "tool": str(payload.get("tool_name") or "unknown"),
+        "input": given if isinstance(given, dict) else {"value": given},
+        "directory": str(payload.get("cwd") or ""),
+        "agent": profile.get("name"),
+        "home": os.path.expanduser("~"),
+        "session_id": session_id,
+    }
+
+
+class Requests:
+    """Permission requests of coding agents: from hooks and from dialogs on the screen, to the hub
+    and back."""
+
+    KEPT = 200  # answers remembered for a hook that asks again
+
+    def __init__(self, sessions, activities, outgoing, store, settings, rules, is_connected):
+        self.sessions = sessions
+        self.activities = activities
+        self.outgoing = outgoing
+        self.store = store
+        self.settings = settings
+        self.rules = rules
+        self.is_connected = is_connected
+        self.lock = threading.RLock()
+        self.open = {}  # request id: Request
+        self.answered = collections.OrderedDict()  # request id: answer
+        self._seen = {}  # session id: fingerprint of the dialog at the last look
+        self.acked = threading.Condition()
+        self.upto = 0
+        for row in store.get("requests", []):
+            self.open[row["request_id"]] = Request(**row)
+
+    def _save(self):
+        self.store.put("requests", [request.row() for request in self.open.values()])
+
+    def spool_acked(self, upto):
+        with self.acked:
+            self.upto = max(self.upto, upto)
+            self.acked.notify_all()
+
+    # -- by hook
+
+    def guard(self, session, payload):
+        """The verdict on a tool call that the rules deny, else None: known without the hub."""
+        verdict = self.rules.judge(self._call(session, payload))
+        if verdict["decision"] != "deny":
+            return None
+        rule = verdict.get("rule") or {}
+        said = {"decision": "deny", "rule_id": rule.get("id"), "because": verdict["because"]}
+        self._say(session, str(uuid.uuid4()), "hook", payload, said)
+        return said
+
+    def _call(self, session, payload):
+        return call_of(session.session_id, self.activities.profile(session), payload)
+
+    def _say(self, session, request_id, via, payload, said=()):
+        frame = {
+            "type": "permission_requested",
+            "request_id": request_id,
+            "session_id": session.session_id,
+            "via": via,
+            "agent": session.profile,
+            "tool": payload.get("tool_name"),
+            "input": payload.get("tool_input"),
+            "directory": payload.get("cwd") or session.working_directory,
+            **dict(said),
+        }
+        if payload.get("subject"):
+            frame["subject"] = payload["subject"]
+        n = self.outgoing.store.spool(frame)
+        self.outgoing.wake.set()
+        return n
+
+    def ask(self, session, request_id, payload, gone, holds):
+        """Have a request answered: {decision, message}, or None to leave it to the terminal.
+
+        gone: a function that says whether the hook client has ended. holds: whether the terminal
+        shows its dialog meanwhile; if not, a person's answer is given by key."""
+        with self.lock:
+            if request_id in self.answered:
+                return self.answered[request_id]
+            request = self.open.get(request_id)
+            if request is None:
+                request = self._begin(session, request_id, "hook", payload)
+                if request is None:
+                    return None
+            request.held = True
+        try:
+            return self._hold(session, request, gone, holds)
+        finally:
+            request.held = False
+
+    def _begin(self, session, request_id, via, payload, fingerprint=None):
+        """A request that the hub has been told of; None while it is away."""
+        if not self.is_connected():
+            return None
+        n = self._say(session, request_id, via, payload)
+        request = Request(
+            request_id,
+            session.session_id,
+            via,
+            str(payload.get("tool_name") or ""),
+            payload.get("tool_use_id"),
+            fingerprint,
+            n,
+            since=time.time(),
+        )
+        self.open[request_id] = request
+        self._save()
+        return request
+
+    def _hold(self, session, request, gone, holds):
+        if not self._taken(request):
+            self.end(request, "left to the terminal, since the hub did not answer in time")
+            return None
+        patience = None if holds else time.monotonic() + self.settings.hook_patience_s / 2
+        while not request.changed.wait(0.1):
+            if gone():
+                self.end(request, "in the terminal")
+                return None
+            if request.request_id not in self.open:
+                return None
+            if patience and time.monotonic() > patience:
+                with self.lock:  # from now on a person's answer is a key
+                    if request.answer is None:
+                        request.via = "screen"
+                        self._save()
+                        return None
+        return request.answer
+
+    def _taken(self, request):
+        """Whether the hub has stored the request; it is given a moment for that."""
+        if not request.spool:
+            return True  # of an earlier run of this agent
+        with self.acked:
+            return self.acked.wait_for(
+                lambda: self.upto >= request.spool, self.settings.hook_patience_s
+            )
+
+    def end(self, request, where):
+        """Nobody here waits for the answer any more."""
+        with self.lock:
+            if self.open.pop(request.request_id, None) is None:
+                return
+            self._save()
+        self.outgoing.spool(
+            {
+                "type": "permission_ended",
+                "request_id": request.request_id,
+                "session_id": request.session_id,
+                "where": where,
+            }
+        )
+        request.changed.set()
+
+    def settled(self, session_id, *, tool_use_id=None, tool=None, where="in the terminal"):
+        """A signal shows that requests were settled without us: those of this call, or all."""
+        for request in list(self.open.values()):
+            if request.session_id != session_id or request.answer is not None:
+                continue
+            if tool_use_id and request.tool_use_id and request.tool_use_id != tool_use_id:
+                continue
+            if tool and not request.tool_use_id and request.tool != tool:
+                continue
+            self.end(request, where)
+
+    # -- by screen
+
+    def look(self, dialogs):
+        """Compare the dialogs that are shown with the requests that are open."""
+        for session in self.sessions.live():
+            dialog = dialogs.get(session.session_id)
+            mark = dialog and dialog["fingerprint"]
+            before = self._seen.get(session.session_id)
+            self._seen[session.session_id] = mark
+            if mark == before:  # two looks agree
+                self._compare(session, dialog)
+
+    def _compare(self, session, dialog):
+        ours = [r for r in list(self.open.values()) if r.session_id == session.session_id]
+        by_screen = [r for r in ours if r.via == "screen" and r.answer is None]
+        mark = dialog["fingerprint"] if dialog else None
+        for request in by_screen:
+            if request.fingerprint is None and dialog:
+                request.fingerprint = mark  # a hook announced what is now shown
+                self._save()
+            elif request.fingerprint != mark and time.time() - request.since > 2:
+                self.end(request, "in the terminal")
+        if not dialog or dialog["kind"] != "permission" or self._is_known(ours, mark):
+            return
+        payload = {"tool_name": dialog.get("tool") or "unknown", "subject": dialog["subject"]}
+        payload["tool_input"] = {"text": dialog["text"], "subject": dialog["subject"]}
+        with self.lock:
+            self._begin(session, str(uuid.uuid4()), "screen", payload, mark)
+
+    @staticmethod
+    def _is_known(ours, mark):
+        return any(r.via == "hook" or r.fingerprint in (None, mark) for r in ours)
+
+    # -- answers
+
+    def take_answer(self, frame):
+        """The hub's answer to a request: for the hook that holds it, or to be given by key.
+
+        Returns the request if it is to be given by key. Raises AgentError when nobody waits."""
+        answer = {"decision": frame["decision"], "message": frame.get("message")}
+        answer["scope"] = frame.get("scope")
+        with self.lock:
+            request = self.open.get(frame["request_id"])
+            if request is None:
+                raise AgentError("nobody waits for it any more")
+            request.answer = answer
+            self.answered[request.request_id] = answer
+            while len(self.answered) > self.KEPT:
+                self.answered.popitem(last=False)
+            if request.via == "screen":
+                return request
+            request.changed.set()
+
+    def close(self, request):
+        """Its answer was given, or cannot be."""
+        with self.lock:
+            self.open.pop(request.request_id, None)
+            self._save()
+
+    def tell(self, request_id, session_id, kind, why=None):
+        self.outgoing.spool(
+            {
+                "type": "agent_event",
+                "kind": kind,
+                "command": "permission_answer",
+                "request_id": request_id,
+                "session_id": session_id,
+                "why": why,
+            }
+        )
+
+    def press(self, request):
+        """Give the answer by the key that the dialog on the screen takes. Raises AgentError."""
+        session = self.sessions.get_live(request.session_id)
+        profile = self.activities.profile(session)
+        terminal = self.sessions.terminal(session)
+        decision = request.answer["decision"]
+        shown = read_screen(profile, terminal.screen(session.tmux_name)) or {}
+        dialog = shown.get("dialog")
+        if not dialog or request.fingerprint not in (None, dialog["fingerprint"]):
+            raise AgentError("its dialog is not on the screen any more")
+        keys = keys_for(profile, terminal.screen(session.tmux_name), decision)
+        if not keys:
+            raise AgentError(f"its dialog takes no answer that means {decision}")
+        self.sessions.send_keys(session, keys)
+        self._wait_gone(session, profile, dialog["fingerprint"])
+        self.activities.signal(session, "decided", request_id=request.request_id, tool_use_id=None)
+
+    def _wait_gone(self, session, profile, fingerprint):
+        """Raises AgentError when the dialog stays."""
+        deadline = time.monotonic() + self.settings.typing_limit_s
+        while time.monotonic() < deadline:
+            time.sleep(0.03)
+            lines = self.sessions.terminal(session).screen(session.tmux_name)
+            shown = read_screen(profile, lines) or {}
+            if (shown.get("dialog") or {}).get("fingerprint") != fingerprint:
+                return
+        raise AgentError("its dialog is still on the screen after the key was pressed")
+
+
+# ---------------------------------------------------------------------------- hooks
+
+
+class HookServer:
+    """Where hook clients ask: a socket in the state directory that only this user reaches. One
+    line of JSON each way, then a line that says that the answer was passed on."""
+
+    LINE_MOST = 16 * KB * KB
+
+    def __init__(self, state_dir, answer):
+        self.answer = answer
+        self.state_dir = state_dir
+        self.listener = None
+
+    def step(self):
+        if self.listener is None:
+            self.listener = listen_at(self.state_dir)
+        connection, _ = self.listener.accept()
+        threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        with connection, contextlib.suppress(OSError, ValueError):
+            connection.settimeout(10)
+            asked = json.loads(read_line(connection, self.LINE_MOST))
+            said, was_passed_on = self.answer(asked, lambda: has_ended(connection))
+            connection.sendall(json.dumps(said).encode() + b"\n")
+            if was_passed_on:
+                was_passed_on(read_line(connection, 100) == b"ok")
+
+
+def in_directory(directory, deed):
+    """deed(socket) with a short name for what lies in the directory: the path of a socket may
+    have 107 characters."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        here = f"/proc/self/fd/{folder}"
+        deed(made, f"{here if os.path.isdir(here) else directory}/hooks.sock")
+    except BaseException:
+        made.close()
+        raise
+    finally:
+        os.close(folder)
+    return made
+
+
+def listen_at(state_dir):
+    def bind(made, path):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        made.bind(path)
+        os.chmod(path, 0o600)
+        made.listen(64)
+
+    return in_directory(state_dir, bind)
+
+
+def read_line(connection, most):
+    """Bytes up to a newline or the end. Raises ValueError past `most`."""
+    data = bytearray()
+    while not data.endswith(b"\n"):
+        part = connection.recv(65536)
+        if not part:
+            break
+        data += part
+        if len(data) > most:
+            raise ValueError("a line is too long")
+    return bytes(data).rstrip(b"\n")
+
+
+def has_ended(connection):
+    """Whether the other side has closed its end."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        connection.settimeout(10)
+
+
+HOOK_TRIES = 8  # hard failures in a row, then the prompt is left to the terminal
+HOOK_INPUT_BYTES = 8 * KB * KB
+
+
+def run_hook(directory, launch, event):
+    """The hook client: a coding agent runs it at an event, with JSON on standard input; it prints
+    the answer in that agent's own words, or nothing. It never fails: what cannot be asked is left
+    to the agent's own prompt."""
+    directory = Path(directory)
+    try:
+        payload = json.loads(sys.stdin.buffer.read(HOOK_INPUT_BYTES))
+        payload = payload if isinstance(payload, dict) else {}
+        ours = json.loads((directory / "hooks.json").read_text(encoding="utf-8"))
+        asked = {"session_id": directory.name, "launch": launch, "event": event}
+        asked |= {"payload": payload, "request_id": str(uuid.uuid4())}
+        said = ask_agent(directory.parent.parent, asked)
+        if said is None:
+            said = judge_alone(directory.parent.parent, asked, ours)
+    except (OSError, ValueError):
+        return 0
+    print_answer(ours, event, said)
+    return 0
+
+
+def ask_agent(state_dir, asked):
+    """What the agent says; None when it cannot be asked. A call that breaks off is made again,
+    with the same request, as when the agent is restarted."""
+    for count in range(HOOK_TRIES):
+        if count:
+            time.sleep(min(8, 0.25 * 2**count) * random.uniform(0.5, 1))
+        try:
+            with in_directory(state_dir, lambda made, path: made.connect(path)) as connection:
+                connection.sendall(json.dumps(asked).encode() + b"\n")
+                line = read_line(connection, HOOK_INPUT_BYTES)
+                if line:
+                    said = json.loads(line)
+                    if said.get("answer"):
+                        confirm(connection, said)
+                    return said
+        except (OSError, ValueError):
+            if count == 0:
+                return None  # it does not run: no reason to wait for it
+    return None
+
+
+def confirm(connection, said):
+    """Note how to say that the answer was passed on; called once it is printed."""
+    copy = connection.dup()
+    said["confirm"] = lambda: copy.sendall(b"ok\n")
+
+
+def judge_alone(state_dir, asked, ours):
+    """What the kept rules deny, without the agent."""
+    kept = json.loads((state_dir / "rules.json").read_text(encoding="utf-8"))
+    call = call_of(asked["session_id"], {"name": ours.get("agent")}, asked["payload"])
+    verdict = engine_of(kept).judge(kept["rules"], {**call, **kept["origin"]})
+    denied = verdict["decision"] == "deny"
+    return {"answer": {"decision": "deny", "message": verdict["because"]} if denied else None}
+
+
+def print_answer(ours, event, said):
+    """In the agent's words, as its profile has them for this event and decision."""
+    answer = said.get("answer")
+    form = ours["answers"].get(event, {}).get(answer["decision"]) if answer else None
+    if form is None:
+        return
+    reason = answer.get("message") or "Denied in Orchestratia."
+    print(json.dumps(with_reason(form, reason)), flush=True)
+    if said.get("confirm"):
+        with contextlib.suppress(OSError):
+            said["confirm"]()
+
+
+def with_reason(form, reason):
+    """`form` with {reason} filled in wherever it stands."""
+    if isinstance(form, dict):
+        return {name: with_reason(value, reason) for name, value in form.items()}
+    return reason if form == "{reason}" else form
+
+
 # ---------------------------------------------------------------------------- agent
 
 
 # Typed into whatever runs there, perhaps a shell: fixed words and an id, nothing anybody wrote.
 NOTICES = {
-    "task_assigned": "New task for you. Run: orchestratia task view {}",
+    "task_given": "New task for you. Run: orchestratia task view {}",
     "task_updated": "Your task was changed. Run: orchestratia task view {}",
     "task_cancelled": "Your task was cancelled, stop working on it: {}",
     "task_status_update": "There is news of a task you ordered. Run: orchestratia task view {}",
@@ -2719,6 +3523,187 @@ def notice(frame):
     about = "a question" if frame["type"].startswith("intervention_") else "a task"
     wanted = frame["intervention_id" if about == "a question" else "task_id"]
     return NOTICES[frame["type"]].format(valid_id(wanted, about))
+
+
+def words_of(frame):
+    """The same for a coding agent, which reads what is typed: with the words themselves."""
+    said = {name: wordy(frame.get(name)) for name in WORDS_OF}
+    kind = frame["type"]
+    if kind == "task_note" and frame.get("mentioned_via"):
+        kind = "note_upstream"
+    template = WORDS.get(kind)
+    if template is None:
+        return notice(frame)
+    text = template.format(**said)
+    if said["comment"]:
+        text += f" {said['author']} says: {said['comment']}"
+    return text
+
+
+def wordy(value):
+    """What somebody wrote, without control characters but with its lines."""
+    return KEYS.sub(" ", str(value)).strip() if value else ""
+
+
+WORDS_OF = ("question", "response", "author", "comment", "feedback", "content", "about", "task_id")
+WORDS = {
+    "intervention_response": "Answer of {author} to your question “{question}”:\n{response}",
+    "plan_approved": "Your plan is approved by {author}: go on with the task.",
+    "plan_revision": "Your plan is sent back by {author}:\n{feedback}\n"
+    "Mend the plan and submit it again.",
+    "task_note": "Note from {author} on your task:\n{content}",
+    "note_upstream": "Note from {author} on the task “{about}”, which yours depends on:\n{content}",
+    "task_cancelled": "Your task was cancelled: stop working on it.",
+    "task_updated": "Your task was changed: read it again with `orchestratia task view {task_id}`.",
+}
+
+
+LATER = object()  # a handler's answer: the command is not done yet, and will be marked when it is
+
+
+class Mail:
+    """What sessions are to be told, each at its moment: answers as soon as no dialog would take
+    them for keys, urgent notes at once, other things when the agent has nothing to do."""
+
+    AT_ONCE = {"intervention_response", "plan_approved", "plan_revision", "task_cancelled"}
+    INTERRUPT_S = 5  # longest wait for an agent to heed an interruption
+
+    def __init__(self, agent):
+        self.agent = agent
+        self.lock = threading.Lock()
+        self.waiting = collections.defaultdict(list)  # session id: frames
+
+    def put(self, frame):
+        """Keep it until it can be said; LATER, unless it need not be."""
+        session = self.agent.sessions.all.get(frame["session_id"])
+        if session is not None and session.ends_task and frame["type"] != "task_status_update":
+            return None  # such a program reads no terminal: it asks the hub
+        with self.lock:
+            self.waiting[frame["session_id"]].append(frame)
+        self._try(frame["session_id"])
+        return LATER
+
+    def look(self):
+        """Try again what could not be said yet."""
+        for session_id in list(self.waiting):
+            if self._due(session_id):
+                self._try(session_id)
+
+    def _try(self, session_id):
+        frame = {"type": "mail", "session_id": session_id}
+        if self.agent.lanes.idle(frame):
+            self.agent.lanes.put(frame)
+
+    def deliver(self, session_id):
+        """Say what can be said now, in order."""
+        while frame := self._due(session_id):
+            with self.lock:
+                self.waiting[session_id].remove(frame)
+                if not self.waiting[session_id]:
+                    del self.waiting[session_id]
+            self._say(frame)
+
+    def _due(self, session_id):
+        """The first frame whose moment has come."""
+        activity = self.agent.activities.of(session_id) or "no_signal"
+        with self.lock:
+            waiting = list(self.waiting.get(session_id, ()))
+        return next((frame for frame in waiting if self._can_say(frame, activity)), None)
+
+    def _can_say(self, frame, activity):
+        session = self.agent.sessions.all.get(frame["session_id"])
+        if session is None or session.state != "live":
+            return True  # to say that it cannot be
+        if activity.startswith("blocked") or activity == "quota":
+            return False
+        if frame["type"] in self.AT_ONCE or frame.get("urgent"):
+            return True
+        return activity != "working" or not self._knows_idle(session)
+
+    def _knows_idle(self, session):
+        """Whether it would be seen that the session's agent has nothing to do."""
+        return self.agent.activities.profile(session).get("start") == "agent"
+
+    def _say(self, frame):
+        """Type it; a crash from here on leaves it unknown, never repeated."""
+        agent = self.agent
+        agent.store.begin(frame["epoch"], frame["id"])
+        session = agent.sessions.all.get(frame["session_id"])
+        try:
+            if session is None:
+                raise AgentError(f"The session {frame['session_id']} does not run on this server.")
+            profile = agent.activities.profile(session)
+            if frame.get("urgent") and agent.activities.of(session.session_id) == "working":
+                self._interrupt(session, profile)
+            agent.sessions.type(
+                frame["session_id"], words_of(frame) if profile.get("text") else notice(frame)
+            )
+            agent.activities.signal(session, "typed", by="hub")
+            self._typed(frame)
+        except AgentError as error:
+            agent._not_delivered(frame, "not_delivered", str(error))
+        self._done(frame)
+
+    def _typed(self, frame):
+        if frame.get("intervention_id"):
+            said = {"type": "agent_event", "kind": "typed", "command": frame["type"]}
+            said |= {name: frame.get(name) for name in ("session_id", "intervention_id")}
+            self.agent.outgoing.spool(said)
+
+    def _interrupt(self, session, profile):
+        """Have the agent stop what it does, so that it reads what comes."""
+        keys = profile.get("interrupt")
+        if not keys:
+            return
+        self.agent.sessions.send_keys(session, keys.encode())
+        deadline = time.monotonic() + self.INTERRUPT_S
+        time.sleep(0.5)  # an Escape that keys follow at once is Meta
+        while time.monotonic() < deadline:
+            if self.agent.activities.of(session.session_id) != "working":
+                return
+            time.sleep(0.05)
+
+    def _done(self, frame):
+        self.agent.store.done(frame["epoch"], frame["id"])
+
+
+DETECT_AGAIN_S = 600  # somebody may have installed a coding agent meanwhile
+
+
+def detect(profiles, limit_s):
+    """{profile: version} of the coding agents that are installed; a program that runs anything is
+    always there."""
+    found = {}
+    for name, profile in profiles.items():
+        wanted = profile.get("detect")
+        if not wanted:
+            found[name] = str(profile.get("version") or "")
+            continue
+        version = version_of(wanted, limit_s)
+        if version:
+            found[name] = version
+    return found
+
+
+def version_of(wanted, limit_s):
+    """The version a program says it has, "" when it is not there."""
+    try:
+        said = subprocess.run(
+            through_login_shell(wanted["argv"]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=limit_s,
+            env={**clean_environment(), "ORCHESTRATIA_BIN": ""},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    if said.returncode:
+        return ""
+    match = re.search(
+        wanted.get("version") or r"(\d+\.\d+[\w.-]*)", said.stdout.decode("utf-8", "replace")
+    )
+    return match[1] if match else ""
 
 
 class Lanes:
@@ -2789,6 +3774,19 @@ class Agent:
         self.ptys = Ptys(self.outgoing.live)
         terminals = terminals_of(config, settings, self.ptys)
         self.sessions = Sessions(config, state_dir, settings, self.store, self.outgoing, terminals)
+        self.rules = Rules(self.store, state_dir)
+        self.is_connected = lambda: False  # until there is a line
+        self.activities = Activities(self.sessions, self.outgoing, settings)
+        self.requests = Requests(
+            *(self.sessions, self.activities, self.outgoing, self.store, settings, self.rules),
+            lambda: self.is_connected(),
+        )
+        self.sessions.on_typed = self._was_typed
+        self.mail = Mail(self)
+        self.installed = self.store.get("installed", {})  # {profile: version}
+        self.hooks = HookServer(state_dir, self.answer_hook)
+        self.profiles_changed = threading.Event()
+        self._look_at = 0.0
         self.commands = queue.SimpleQueue()  # frames with the epoch they came in
         self.lanes = Lanes(lambda frame: self._carry_out(self.MOMENTS, frame))
         self.connection = 0
@@ -2832,14 +3830,14 @@ class Agent:
             "sessions": self._listed,
             "capabilities": self._capabilities(),
             "profiles_etag": self.store.get("profiles_etag"),
+            "rules_etag": self.rules.etag,
         }
 
     def _capabilities(self):
-        profiles = self.sessions.profiles
         return {
             "repos": repos_of(self.config),
             **declared(self.config),
-            "profiles": {name: profile.get("version") for name, profile in profiles.items()},
+            "profiles": self.installed,
             "os": platform.system().lower(),
             "tmux": self.sessions.terminals[self.sessions.kind].version(),
         }
@@ -2877,7 +3875,7 @@ class Agent:
         if handler is None:
             return log.debug("ignored: %s", printable(frame.get("type"), 60))
         try:
-            handler(self, frame)
+            return handler(self, frame)
         except Exception:
             log.exception("a frame of type %s failed", frame["type"])
 
@@ -2885,16 +3883,43 @@ class Agent:
 
     def run_command(self):
         frame = self.commands.get()
-        self._carry_out(self.COMMANDS, frame)
-        self.store.done(frame["epoch"], frame["id"])
+        if self._carry_out(self.COMMANDS, frame) is not LATER:
+            self.store.done(frame["epoch"], frame["id"])
+
+    def serve_hooks(self):
+        self.hooks.step()
+
+    def detect(self):
+        """Find out which coding agents are installed, and say so when that has changed."""
+        found = detect(self.sessions.profiles, self.settings.detect_s)
+        if found != self.installed:
+            self.installed = found
+            self.store.put("installed", found)
+            self.outgoing.say({"type": "capabilities", "capabilities": self._capabilities()})
+        self.profiles_changed.wait(DETECT_AGAIN_S)
+        self.profiles_changed.clear()
 
     def serve_terminals(self):
         self.ptys.step()
 
     def watch(self):
-        self.sessions.look(time.monotonic())
-        self.sessions.release_logs(time.monotonic())
+        now = time.monotonic()
+        self.sessions.look(now)
+        self.sessions.release_logs(now)
+        if now >= self._look_at:
+            self._look_at = now + self.settings.activity_s
+            self._look_at_programs(now)
+        self.mail.look()
         self.stop.wait(self.settings.monitor_s)
+
+    def _look_at_programs(self, now):
+        if self.sessions.live():
+            self.requests.look(self.activities.look(self.sessions.panes(), now))
+
+    def _was_typed(self, session):
+        """A person has typed: perhaps the answer to a dialog."""
+        if self.activities.of(session.session_id):
+            self.activities.signal(session, "typed", by="terminal")
 
     def send_logs(self):
         if self.outgoing.due(time.monotonic()):
@@ -2904,6 +3929,65 @@ class Agent:
     def send_screens(self):
         self.sessions.send_screens(time.monotonic())
         self.stop.wait(self.settings.monitor_s)
+
+    # -- hooks
+
+    def answer_hook(self, asked, gone):
+        """What to say to a hook client: ({answer}, what to call with whether it was passed on)."""
+        session = self.sessions.all.get(asked.get("session_id"))
+        if session is None or session.state != "live" or asked.get("launch") != session.launch:
+            return {"answer": None}, None
+        payload, event = asked["payload"], asked["event"]
+        profile = self.activities.profile(session)
+        self.activities.signal(
+            session, "hook", event=event, payload=payload, launch=asked["launch"]
+        )
+        meaning = hook_of(profile, event)
+        self._settle_requests(session, meaning, payload)
+        if meaning.get("guards"):
+            denied = self.requests.guard(session, payload)
+            answer = denied and {"decision": "deny", "message": denied["because"]}
+            return {"answer": answer}, None
+        if meaning.get("request") and not self._is_other_dialog(meaning, payload):
+            return self._answer_request(session, asked, meaning["request"] == "held", gone)
+        return {"answer": None}, None
+
+    @staticmethod
+    def _is_other_dialog(meaning, payload):
+        """A question or a plan is no permission: its dialog is answered as such."""
+        state = (meaning.get("by_tool") or {}).get(payload.get("tool_name"))
+        return state not in (None, "blocked:permission")
+
+    def _settle_requests(self, session, meaning, payload):
+        """Signs that a dialog was answered at the terminal."""
+        if meaning.get("settles") == "tool":
+            use, tool = payload.get("tool_use_id"), payload.get("tool_name")
+            self.requests.settled(session.session_id, tool_use_id=use, tool=tool)
+        elif meaning.get("settles"):
+            self.requests.settled(session.session_id)
+
+    def _answer_request(self, session, asked, holds, gone):
+        denied = self.requests.guard(session, asked["payload"])
+        if denied:
+            return {"answer": {"decision": "deny", "message": denied["because"]}}, None
+        request_id = valid_id(asked["request_id"], "a request")
+        answer = self.requests.ask(session, request_id, asked["payload"], gone, holds)
+        if answer is None:
+            return {"answer": None}, None
+        return {"answer": answer}, functools.partial(self._passed_on, session, asked)
+
+    def _passed_on(self, session, asked, arrived):
+        request = self.requests.open.get(asked["request_id"])
+        if request is None:
+            return
+        self.requests.close(request)
+        if arrived:
+            self.requests.tell(request.request_id, session.session_id, "delivered")
+        else:
+            why = "the hook ended while the answer was passed on"
+            self.requests.tell(request.request_id, session.session_id, "delivery_unknown", why)
+        use = asked["payload"].get("tool_use_id")
+        self.activities.signal(session, "decided", request_id=request.request_id, tool_use_id=use)
 
     # -- at once
 
@@ -2915,6 +3999,8 @@ class Agent:
 
     def _sync_ok(self, frame):
         self._take_profiles(frame)
+        if frame.get("rules"):
+            self.rules.take(frame["rules"])
         self.sessions.agree(frame, self._listed)
 
     def _take_profiles(self, frame):
@@ -2922,9 +4008,11 @@ class Agent:
             self.store.put("profiles", frame["profiles"])
             self.sessions.profiles = parse_profiles(frame["profiles"])
             self.store.put("profiles_etag", frame.get("profiles_etag"))
+            self.profiles_changed.set()
 
     def _spool_ack(self, frame):
         self.store.trim_spool(frame["upto"])
+        self.requests.spool_acked(frame["upto"])
         self.sessions.sweep_all()
 
     def _log_ack(self, frame):
@@ -2955,7 +4043,7 @@ class Agent:
             attempt = {"task_id": task["id"], "attempt": frame.get("attempt")}
             self.sessions.start({**frame["start"], **attempt}, task)
         elif frame.get("session_id"):
-            self._notify({**frame, "task_id": task["id"]})
+            return self.mail.put({**frame, "type": "task_given", "task_id": task["id"]})
 
     def _task_cancelled(self, frame):
         session = self.sessions.all.get(frame["session_id"])
@@ -2964,21 +4052,39 @@ class Agent:
         if session.ends_task and session.task_id == frame["task_id"]:
             self.sessions.close(session, cancelled=True)
         else:
-            self._notify(frame)
+            return self.mail.put(frame)
 
-    def _tell_worker(self, frame):
-        """Programs that end by themselves read no terminal: they ask the hub."""
-        session = self.sessions.all.get(frame["session_id"])
-        if session is not None and not session.ends_task:
-            self._notify(frame)
+    def _tell(self, frame):
+        return self.mail.put(frame)
 
-    def _notify(self, frame):
-        """Type a line about a task; a crash from here on leaves it unknown, never repeated."""
-        self.store.begin(frame["epoch"], frame["id"])
+    def _permission_answer(self, frame):
+        """To the hook that holds the request, or by key."""
         try:
-            self.sessions.type(frame["session_id"], notice(frame))
+            request = self.requests.take_answer(frame)
+            if request is None:
+                return
+            self.store.begin(frame["epoch"], frame["id"])
+            self.lanes.put({**frame, "type": "press"})
+            return LATER
         except AgentError as error:
             self._not_delivered(frame, "not_delivered", str(error))
+
+    def _press(self, frame):
+        request = self.requests.open.get(frame["request_id"])
+        try:
+            if request is None:
+                raise AgentError("nobody waits for it any more")
+            self.requests.press(request)
+            self.requests.tell(request.request_id, request.session_id, "delivered")
+        except AgentError as error:
+            self._not_delivered({**frame, "type": "permission_answer"}, "not_delivered", str(error))
+        finally:
+            if request is not None:
+                self.requests.close(request)
+            self.store.done(frame["epoch"], frame["id"])
+
+    def _rules_changed(self, frame):
+        self.rules.take(frame["rules"])
 
     def _not_delivered(self, frame, kind, why):
         log.warning("the notice of %s was not typed: %s", frame["type"], why)
@@ -2990,6 +4096,8 @@ class Agent:
                 "command": frame["type"],
                 "session_id": frame.get("session_id"),
                 "task_id": frame.get("task_id") or (frame.get("task") or {}).get("id"),
+                "intervention_id": frame.get("intervention_id"),
+                "request_id": frame.get("request_id"),
                 "why": why,
             }
         )
@@ -3006,15 +4114,17 @@ class Agent:
         "session_start": _session_start,
         "task_assigned": _task_assigned,
         "task_cancelled": _task_cancelled,
-        "task_updated": _tell_worker,
-        "task_note": _tell_worker,
-        "plan_approved": _tell_worker,
-        "plan_revision": _tell_worker,
-        "intervention_response": _tell_worker,
-        "intervention_for_session": _tell_worker,
-        "task_status_update": _notify,
         "session_close": _session_close,
+        "permission_answer": _permission_answer,
+        "task_updated": _tell,
+        "task_note": _tell,
+        "task_status_update": _tell,
+        "plan_approved": _tell,
+        "plan_revision": _tell,
+        "intervention_response": _tell,
+        "intervention_for_session": _tell,
         "profiles_changed": _profiles_changed,
+        "rules_changed": _rules_changed,
     }
 
     # -- for the moment
@@ -3054,6 +4164,9 @@ class Agent:
         answer = {"type": "scrollback_captured", "session_id": frame["session_id"]}
         self.outgoing.say({**answer, "lines": lines})
 
+    def _deliver_mail(self, frame):
+        self.mail.deliver(frame["session_id"])
+
     @staticmethod
     def _try(deed, *arguments):
         """Why it was not done, or None."""
@@ -3069,6 +4182,8 @@ class Agent:
         "session_watch": _session_watch,
         "session_type": _session_type,
         "capture_scrollback": _capture_scrollback,
+        "mail": _deliver_mail,
+        "press": _press,
     }
 
 
@@ -3158,6 +4273,12 @@ class Line:
         self._numbers = itertools.count(1)  # of the poll's calls: the hub knows them again by it
         self._again = threading.Event()  # set: the socket is tried now
         self._loop = Loop(self.step, self.stop)
+        agent.is_connected = self.is_up
+
+    def is_up(self):
+        """Whether the hub answers, as far as one can tell."""
+        poll = self.poll
+        return self.socket is not None or (poll is not None and poll.is_up())
 
     def start(self):
         if self.choice.using == "socket" and not can_socket():
@@ -3488,6 +4609,9 @@ class PollCarrier:
         self._refusals = Backoff(self.settings.refused_max_s)
         self._lanes = [Loop(self.carry, self.stop), Loop(self.listen, self.stop)]
 
+    def is_up(self):
+        return self.synced.is_set() and not self._down
+
     def start(self):
         for lane in self._lanes:
             lane.start()
@@ -3805,7 +4929,7 @@ def serve(config, state_dir):
     line.start()
     steps = (
         *(Heartbeat(hub, agent, line).step, agent.run_command, agent.serve_terminals),
-        *(agent.watch, agent.send_logs, agent.send_screens),
+        *(agent.watch, agent.send_logs, agent.send_screens, agent.serve_hooks, agent.detect),
     )
     for step in steps:
         Loop(step, stop).start()
@@ -3837,6 +4961,7 @@ def parse_arguments(argv):
     add("--quiet", action="store_true", help="log to the state directory only")
     add("-v", "--verbose", action="store_true", help="log more")
     add("--exec-session", metavar="FILE", help=argparse.SUPPRESS)
+    add("--hook", nargs=3, metavar=("DIR", "LAUNCH", "EVENT"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -3844,6 +4969,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.exec_session:
         return exec_session(args.exec_session)
+    if args.hook:
+        return run_hook(*args.hook)
     try:
         if args.stop:
             return stop_running(args)

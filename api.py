@@ -5,6 +5,7 @@ import json
 import re
 from contextlib import suppress
 from typing import Annotated, Any, Literal
+from uuid import UUID
 
 from apiflask import APIBlueprint
 from flask import Response, request
@@ -15,6 +16,7 @@ import cascade
 import document
 import feed
 import inbox
+import permissions
 import reading
 import servers
 import sessions
@@ -160,6 +162,7 @@ class Wishes(Exact):
     languages: Words | None = None
     frameworks: Words | None = None
     capabilities: Words | None = None
+    agents: Words | None = None
 
 
 class Requirements(Wishes):
@@ -182,6 +185,8 @@ class TaskFields(Shape):
     acceptance_criteria: list[str] | None = None
     requirements: Requirements | None = None
     profile: Word | None = None
+    model: Word | None = None
+    mode: Word | None = None
     command: Annotated[list[Argument], Field(max_length=1000)] | None = None
     auto_assign: bool | None = None
     require_plan: bool | None = None
@@ -268,6 +273,7 @@ class Help(Report):
     intervention_type: Literal[inbox.KINDS] | None = None
     urgency: Word | None = None
     target_session_id: str | None = None
+    claim: UUID | None = None
 
 
 class Plan(Report):
@@ -306,6 +312,9 @@ class SessionIn(Shape):
     name: Name | None = None
     role: Literal["worker", "orchestrator", "plain"] | None = None
     profile: Word | None = None
+    model: Word | None = None
+    mode: Word | None = None
+    resume: str | None = None
     command: Annotated[list[Argument], Field(min_length=1, max_length=1000)] | None = None
     cols: Annotated[int, Field(ge=2, le=500)] | None = None
     rows: Annotated[int, Field(ge=2, le=500)] | None = None
@@ -603,19 +612,19 @@ def list_grants():
 
 
 @bp.get("/server/approval-rules")
-@answers([])
+@answers([document.OldRule])
 def list_rules():
-    """Rules by which a public daemon answers permission prompts: none, so that people answer."""
-    server_caller()
-    return []
+    """The rules a public daemon's hooks go by: those that deny, since what allows here is matched
+    by its parts, which its hooks cannot."""
+    return permissions.rules_for_daemon(server_caller())
 
 
 @bp.post("/server/permissions/log")
 @bp.input(PermissionLog)
 @answers(document.Accepted, 201)
 def log_permissions(json_data: PermissionLog):
-    """What a public daemon's rules have decided; with no rules there is nothing to keep."""
-    server_caller()
+    """What a public daemon's rules have decided, for the log; what they asked is an alert."""
+    permissions.take_log(server_caller(), json_data.entries)
     return {"accepted": len(json_data.entries)}, 201
 
 
@@ -817,6 +826,7 @@ def ask_for_help(ref, json_data: Help):
         urgency=json_data.urgency or "normal",
         target=json_data.target_session_id,
         attempt=json_data.attempt,
+        claim=str(json_data.claim) if json_data.claim else None,
     )
     shown = inbox.interventions_json([asked])[0]
     return shown | {"intervention_id": asked["id"]}, 201 if made else 200

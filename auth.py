@@ -49,8 +49,9 @@ OPERATOR = VIEWER | TASK_WORK | {
     "session.open",
     "session.type",
     "session.close",
+    "permission.decide",
 }  # fmt: skip
-ADMIN = OPERATOR | {"server.token", "server.admin", "project.admin"}
+ADMIN = OPERATOR | {"server.token", "server.admin", "project.admin", "rule.admin"}
 
 # What each credential may do within its projects; `report_allowed` narrows task.report further.
 RIGHTS = {
@@ -62,7 +63,7 @@ RIGHTS = {
     "plain": frozenset({"read", "task.report"}),
     "orchestrator": frozenset({"read", "task.report", "session.watch"}) | TASK_WORK,
 }
-HUB_ADMIN_ONLY = frozenset({"user.admin", "project.create"})
+HUB_ADMIN_ONLY = frozenset({"user.admin", "project.create", "rule.all"})
 
 
 @dataclass(frozen=True)
@@ -625,8 +626,16 @@ def create_project(caller: Caller, name: str, profile: str = "command") -> dict:
     return pick_project(caller, project.id)
 
 
+# {setting of a project: what raises Invalid unless its value may be stored}
+PROJECT_CHECKS: dict = {}
+
+
 def change_project(caller: Caller, project_id: str, changes: dict) -> dict:
+    """Raises Conflict when the name is taken, Invalid for a setting that cannot be."""
     require(caller, "project.admin", project_id, "project")
+    for name, value in (changes.get("settings") or {}).items():
+        if name in PROJECT_CHECKS and value:
+            PROJECT_CHECKS[name](value)
     with transaction() as tx:
         name = changes.get("name")
         if name and one("SELECT 1 FROM project WHERE name = ? AND id <> ?", (name, project_id)):
@@ -764,7 +773,7 @@ def find(table: str, caller: Caller, ref: str, *, name: str | None = None) -> di
 
 
 def _called(row: dict) -> str:
-    return row.get("name") or row.get("title") or row["question"]
+    return row.get("name") or row.get("title") or row.get("question") or row["subject"][:200]
 
 
 def _id_form(ref: str) -> str:

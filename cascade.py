@@ -515,6 +515,7 @@ IDLE_POINTS = 5
 MISSED_PREFERENCE = 10
 
 LISTS = ("languages", "frameworks", "capabilities")
+WISHES = (*LISTS, "agents")  # agents: coding agents that are installed
 ALIASES = {"ts": "typescript", "js": "javascript", "py": "python", "golang": "go"}
 
 
@@ -525,7 +526,7 @@ def names(values) -> frozenset[str]:
 
 def signature(requirements: dict) -> str:
     """The requirements as one canonical string: what fits one task of it fits all."""
-    wanted = {k: sorted(names(requirements.get(k))) for k in LISTS if requirements.get(k)}
+    wanted = {k: sorted(names(requirements.get(k))) for k in WISHES if requirements.get(k)}
     if requirements.get("repo"):
         wanted["repo"] = requirements["repo"]
     if requirements.get("prefer"):
@@ -538,9 +539,9 @@ def signature(requirements: dict) -> str:
 def rank(requirements: dict, servers: Iterable[dict]) -> list[dict]:
     """Every server with its score or every reason against it, the best first.
 
-    requirements: {repo?, languages?, frameworks?, capabilities?, prefer?: the same, server?: id}.
-    servers: {id, name, status, repos: collection, languages|frameworks|capabilities: list or None
-    for undeclared, slots, busy}; all of the task's project. Returns [{server_id, server, fits,
+    requirements: {repo?, languages?, frameworks?, capabilities?, agents?, prefer?: the same,
+    server?: id}. servers: {id, name, status, repos: collection, languages|frameworks|capabilities|
+    agents: list or None for undeclared, slots, busy}; all of the task's project. Returns [{server_id, server, fits,
     score: int or None, reasons: [sentence], busy}]. Ties go to the least busy, then by name.
     """
     ranked = [_candidate(requirements, server) for server in servers]
@@ -570,8 +571,8 @@ def exclusions(requirements: dict, server: dict, *, ignore_full: bool = False) -
     repo = requirements.get("repo")
     if repo and repo not in server["repos"]:
         reasons.append(f"no repo {repo}")
-    for kind in LISTS:
-        if server[kind] is not None and requirements.get(kind):
+    for kind in WISHES:
+        if server.get(kind) is not None and requirements.get(kind):
             missing = names(requirements[kind]) - names(server[kind])
             reasons += [f"no {_singular(kind)} {name}" for name in sorted(missing)]
     if server["busy"] >= server["slots"] and not ignore_full:
@@ -592,8 +593,8 @@ def score(requirements: dict, server: dict) -> int:
 
 def _missed(prefer: dict, server: dict) -> int:
     missed = int(bool(prefer.get("repo")) and prefer["repo"] not in server["repos"])
-    for kind in LISTS:
-        if server[kind] is not None:
+    for kind in WISHES:
+        if server.get(kind) is not None:
             missed += len(names(prefer.get(kind)) - names(server[kind]))
     return missed
 

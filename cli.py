@@ -11,6 +11,7 @@ import base64
 import codecs
 import functools
 import importlib
+import importlib.metadata
 import io
 import ipaddress
 import json
@@ -28,9 +29,10 @@ import tempfile
 import textwrap
 import threading
 import time
+import uuid
 import webbrowser
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
@@ -64,6 +66,7 @@ ANSWER_TIMEOUT_S = 30
 BEAT_TIMEOUT_S = 45  # three of the hub's beats of 15 s
 GIVE_UP_S = 120  # how long a watcher looks for a hub that has gone
 GET_ATTEMPTS = 3
+COLLECT_S = 10  # an answer is asked for so often at least: the hub keeps it for 20 s
 COMPLETION_PATIENCE_S = (1, 2)  # to connect and to answer, while somebody waits for the Tab key
 COMPLETION_TASKS = 200
 PAGE = 1000  # the longest list the hub gives at once
@@ -129,6 +132,15 @@ MARKS = {
     "approved": ("✓", "green"),
     "revised": ("◐", "yellow"),
     "replaced": ("○", "dim"),
+    "allowed": ("✓", "green"),
+    "denied": ("✕", "red"),
+    "withdrawn": ("○", "dim"),
+    "allow": ("✓", "green"),
+    "deny": ("✕", "red"),
+    "ask": ("◐", "yellow"),
+    "open": ("◐", "yellow"),
+    "dismissed": ("○", "dim"),
+    "over": ("○", "dim"),
 }
 
 
@@ -180,6 +192,21 @@ def one_line(text):
     return " ".join(clean(text).split())
 
 
+def exact(text):
+    """`text` with what cannot be seen spelt out (`\\x1b`, `\\u202e`): nothing of it is hidden."""
+    return UNPRINTABLE.sub(lambda found: spelt(found[0]), str(text))
+
+
+def spelt(character):
+    code = ord(character)
+    named = {"\t": "\\t", "\r": "\\r"}
+    return named.get(character) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+
+
+def exact_line(text):
+    return exact(text).replace("\n", "\\n")
+
+
 def compact(value, limit=None):
     """A JSON value in one line for people: words as they are, the rest as JSON."""
     if isinstance(value, dict) and limit:
@@ -228,6 +255,13 @@ def ago(iso):
 def clock(iso, form="%Y-%m-%d %H:%M:%S"):
     at = moment(iso)
     return at.astimezone().strftime(form) if at else ""
+
+
+def at_iso(at):
+    """ISO 8601 of an ISO string or of seconds since the epoch; None stays None."""
+    if isinstance(at, (int, float)):
+        return datetime.fromtimestamp(at, UTC).isoformat()
+    return at
 
 
 def plural(count, word):
@@ -772,7 +806,7 @@ class Stream:
 
     def __init__(self, hub, after=None):
         self.hub, self.last_id = hub, after
-        self.items = queue.Queue()
+        self.items, self.over = queue.Queue(), threading.Event()
         self.answer = hub.stream("events/stream", after)  # refusals are raised here, at once
         self.items.put(self.SYNC)
         threading.Thread(target=self._run, daemon=True).start()
@@ -790,9 +824,13 @@ class Stream:
     def pending(self):
         return not self.items.empty()
 
+    def close(self):
+        """Ends the reading, at the latest with the hub's next beat."""
+        self.over.set()
+
     def _run(self):
         try:
-            while True:
+            while not self.over.is_set():
                 self._read()
                 self.items.put(self.LOST)
                 self._reconnect()
@@ -803,7 +841,10 @@ class Stream:
     def _read(self):
         rest = b""
         with suppress(TransportError, OSError), self.answer:
-            while block := self.answer.raw.read1(65536, decode_content=True):
+            while not self.over.is_set():
+                block = self.answer.raw.read1(65536, decode_content=True)
+                if not block:
+                    return
                 *frames, rest = (rest + block).replace(b"\r\n", b"\n").split(b"\n\n")
                 for frame in frames:
                     self._take(frame.decode("utf-8", "replace"))
@@ -822,8 +863,7 @@ class Stream:
 
     def _reconnect(self):
         until, pause = time.monotonic() + GIVE_UP_S, RECONNECT_S
-        while True:
-            time.sleep(pause)
+        while not self.over.wait(pause):
             try:
                 self.answer = self.hub.stream("events/stream", self.last_id)
                 return
@@ -1100,6 +1140,58 @@ INTERVENTION_COLUMNS = (
     Column("asked by", line_of("asked_by"), cut=True, spare=1),
     Column("asked", age_of("created_at"), spare=3),
 )
+PERMISSION_COLUMNS = (
+    Column("status", field("status", Mark)),
+    Column("id", field("id", Id)),
+    Column("tool", lambda row: exact_line(row.get("tool") or "")),
+    Column("asks for", lambda row: exact_line(row.get("subject") or ""), cut=True),
+    Column("session", line_of("session_name"), cut=True, spare=4),
+    Column("task", line_of("task_title"), cut=True, spare=2),
+    Column("by", line_of("decided_by"), cut=True, spare=1),
+    Column("asked", age_of("asked_at"), spare=3),
+)
+RULE_COLUMNS = (
+    Column("no.", field("position"), justify="right"),
+    Column("says", field("action", Mark)),
+    Column("tool", lambda row: exact_line(row.get("tool") or "*")),
+    Column("pattern", lambda row: exact_line(row.get("pattern") or "(any)"), flex=True),
+    Column("project", line_of("project"), cut=True),
+    Column("server", line_of("server"), cut=True),
+    Column("agent", line_of("agent")),
+    Column("", lambda row: "off" if row.get("enabled") is False else ""),
+    Column("id", field("id", Id), spare=2),
+    Column("note", line_of("note"), cut=True, spare=1),
+)
+PART_COLUMNS = (
+    Column("says", field("decision", Mark)),
+    Column("part", lambda row: exact_line(row.get("text") or ""), flex=True),
+    Column("rule", field("rule_id", Id)),
+    Column("because", line_of("because"), flex=True),
+)
+GRANT_COLUMNS = (
+    Column("id", field("id", Id)),
+    Column("tool", lambda row: exact_line(row.get("tool") or "")),
+    Column("granted", lambda row: exact_line(row.get("subject") or ""), flex=True),
+    Column("by", line_of("granted_by"), cut=True),
+    Column("at", age_of("at")),
+)
+ALERT_COLUMNS = (
+    Column("status", field("status", Mark)),
+    Column("id", field("id", Id)),
+    Column("kind", line_of("kind")),
+    Column("what", line_of("sentence"), flex=True),
+    Column("session", line_of("session_name"), cut=True, spare=2),
+    Column("task", line_of("task_title"), cut=True, spare=1),
+    Column("since", age_of("at"), spare=3),
+)
+SIGNAL_COLUMNS = (
+    Column("", lambda row: Text("▸", "green") if row.get("decided") else ""),
+    Column("signal", line_of("name")),
+    Column(
+        "says", lambda row: "(silent)" if row.get("silent") else one_line(row.get("says") or "")
+    ),
+    Column("heard", lambda row: ago(at_iso(row.get("at")))),
+)
 PLAN_COLUMNS = (
     Column("version", field("version"), justify="right"),
     Column("status", field("status", Mark)),
@@ -1185,6 +1277,9 @@ show_events = listing("events", EVENT_COLUMNS, "No events.")
 show_contracts = listing("contracts", CONTRACT_COLUMNS, "This task has no contracts.")
 show_users = listing("users", USER_COLUMNS, "No users.")
 show_plans = listing("plans", PLAN_COLUMNS, "No plan has been submitted for this task.")
+show_permissions = listing("permissions", PERMISSION_COLUMNS, "No permission requests.")
+show_grants = listing("grants", GRANT_COLUMNS, "Nothing is granted for the rest of this session.")
+show_alerts = listing("alerts", ALERT_COLUMNS, "No alerts.")
 
 
 def show_interventions(screen, found):
@@ -1237,6 +1332,8 @@ def task_times(task):
         ("took", spent(task)),
         ("attempt", f"{attempt} of {most}" if most > 1 or attempt > 1 else ""),
         ("profile", one_line(task.get("profile") or "")),
+        ("model", one_line(task.get("model") or "")),
+        ("mode", one_line(task.get("mode") or "")),
         ("command", compact(task.get("command") or "")),
         ("pipeline", one_line(task.get("pipeline_id") or "")),
     )
@@ -1365,6 +1462,8 @@ def session_detail(screen, session):
         ("server", one_line(session.get("server_name") or "")),
         ("role", one_line(session.get("role") or "")),
         ("profile", one_line(session.get("profile") or "")),
+        ("model", one_line(session.get("model") or "")),
+        ("mode", one_line(session.get("mode") or "")),
         ("task", one_line(session.get("task_title") or "")),
         ("task id", one_line(session.get("task_id") or "")),
         ("attempt", session.get("attempt")),
@@ -1400,6 +1499,76 @@ def intervention_detail(screen, asked):
         if asked.get(name)
     ]
     return Stack(Text(clean(asked.get("question") or ""), "bold"), screen.facts(facts), *parts)
+
+
+def permission_detail(screen, asked):
+    task = " ".join(filter(None, (asked.get("task_title"), asked.get("task_id"))))
+    decided = (ago(asked.get("decided_at")), one_line(asked.get("decided_by") or ""))
+    delivery = ": ".join(filter(None, (asked.get("delivery"), asked.get("delivery_why"))))
+    facts = (
+        ("id", one_line(asked.get("id"))),
+        ("status", Mark(asked.get("status") or "?")),
+        ("session", one_line(asked.get("session_name") or "")),
+        ("server", one_line(asked.get("server_name") or "")),
+        ("agent", one_line(asked.get("agent") or "")),
+        ("task", one_line(task)),
+        ("directory", exact_line(asked.get("directory") or "")),
+        ("asked", age_of("asked_at")(asked)),
+        ("decided", " by ".join(filter(None, decided))),
+        ("scope", one_line(asked.get("scope") or "")),
+        ("reason", one_line(asked.get("reason") or "")),
+        ("rule", one_line(asked.get("rule_id") or "")),
+        ("settled", one_line(asked.get("answered_where") or "")),
+        ("answer", one_line(delivery)),
+    )
+    head = Text(f"{exact_line(asked.get('tool') or '?')} asks for a permission", "bold")
+    subject, whole = asked.get("subject") or "", asked.get("input") or {}
+    parts = [screen.section("What", Text(exact(subject)))]
+    if rest := {name: value for name, value in whole.items() if value != subject}:
+        parts.append(screen.section("With", Text(exact(yaml_text(rest)).rstrip())))
+    return Stack(head, screen.facts(facts), *parts)
+
+
+def rule_detail(screen, rule):
+    facts = (
+        ("id", one_line(rule.get("id"))),
+        ("no.", rule.get("position")),
+        ("says", Mark(rule.get("action") or "?")),
+        ("tool", exact_line(rule.get("tool") or "*")),
+        ("pattern", exact_line(rule.get("pattern") or "(any)")),
+        ("project", one_line(rule.get("project") or rule.get("project_id") or "all")),
+        ("server", one_line(rule.get("server") or rule.get("server_id") or "")),
+        ("agent", one_line(rule.get("agent") or "")),
+        ("note", one_line(rule.get("note") or "")),
+        ("by", one_line(rule.get("created_by") or "")),
+        ("enabled", "no" if rule.get("enabled") is False else ""),
+    )
+    return screen.facts(facts)
+
+
+def verdict_view(screen, data):
+    """What would become of a tool call: the decision, its rule, and each part."""
+    rule, parts = data.get("rule"), data.get("parts") or []
+    shown = [Text.assemble(screen.cell(Mark(data.get("decision") or "?")), "  ")]
+    shown[0].append(exact_line(data.get("because") or ""))
+    if rule:
+        shown.append(screen.section("Rule", rule_detail(screen, rule)))
+    if len(parts) > 1:
+        shown.append(screen.section("Parts", screen.table(parts, PART_COLUMNS, "")))
+    return Stack(*shown)
+
+
+def signals_view(screen, data):
+    """What a session does, and what each signal says of it."""
+    does = ": ".join(filter(None, (data.get("activity"), data.get("reason"))))
+    facts = (
+        ("activity", one_line(does or "unknown")),
+        ("since", ago(at_iso(data.get("since")))),
+        ("by", one_line(data.get("signal") or "")),
+    )
+    table = screen.table(data.get("signals") or [], SIGNAL_COLUMNS, "No signal was heard yet.")
+    head = Text(one_line(data.get("name") or ""), "bold")
+    return Stack(head, screen.facts(facts), screen.section("Signals", table))
 
 
 def plan_view(screen, data):
@@ -1475,9 +1644,13 @@ def status_view(screen, data):
     head = Text("● connected", "green") if screen.fancy else Text("connected")
     table = screen.table(tasks, TASK_COLUMNS, "No work in progress.")
     parts = [head, identity_view(screen, data)]
-    if waiting:
-        body = screen.table(waiting, INTERVENTION_COLUMNS, "")
-        parts.append(screen.section("Waiting for an answer", body))
+    for heading, rows, columns in (
+        ("Waiting for an answer", waiting, INTERVENTION_COLUMNS),
+        ("Waiting for a permission", data.get("permissions"), PERMISSION_COLUMNS),
+        ("Alerts", data.get("alerts"), ALERT_COLUMNS),
+    ):
+        if rows:
+            parts.append(screen.section(heading, screen.table(rows, columns, "")))
     return Stack(*parts, screen.section("In progress", table))
 
 
@@ -1652,6 +1825,9 @@ class App:
         if not self.as_json:
             self.screen.print(Text(one_line(sentence), "green"))
         self.show(data, render)
+
+    def alive(self):
+        """Raises Interrupted when nobody waits for this command any more."""
 
     def say(self, sentence):
         """A remark beside the output."""
@@ -1835,7 +2011,7 @@ def completing(kind, shown="name"):
             return []
         key = "id" if shown == "id" else "name"
         return [
-            shell_completion.CompletionItem(one[key], help=one_line(one.get("title") or ""))
+            shell_completion.CompletionItem(one[key], help=told(one))
             for one in found
             if str(one.get(key) or "").startswith(incomplete)
         ]
@@ -1843,10 +2019,26 @@ def completing(kind, shown="name"):
     return complete
 
 
+def told(one):
+    """What a completed name or id is about."""
+    about = (one.get(name) for name in ("title", "subject", "sentence", "question", "pattern"))
+    return exact_line(next(filter(None, about), ""))
+
+
 def listed(app, kind):
     app.hub.patience, app.hub.attempts = COMPLETION_PATIENCE_S, 1
-    query = {"limit": COMPLETION_TASKS} if kind == "tasks" else {}
-    return app.hub.get(kind, project_id=app.project_id, **query).get(kind) or []
+    query = COMPLETED.get(kind, {})
+    found = app.hub.get(kind, project_id=app.project_id, **query)
+    return (found if isinstance(found, list) else found.get(kind)) or []
+
+
+# Which of the hub's things of a kind are offered for completion.
+COMPLETED = {
+    "tasks": {"limit": COMPLETION_TASKS},
+    "permissions": {"status": "pending"},
+    "interventions": {"status": "pending"},
+    "alerts": {"status": "open"},
+}
 
 
 def named(kind, argument="name", **more):
@@ -2007,12 +2199,25 @@ def own_tasks(app, me):
     return found.get("tasks") or []
 
 
+ALSO_WAITING = {"permissions": "pending", "alerts": "open"}  # beside questions: list and status
+
+
+def rows_of(app, kind, **query):
+    """The rows of a list; none from a hub too old to have it."""
+    try:
+        return app.hub.get(kind, project_id=app.project_id, **query).get(kind) or []
+    except Problem as problem:
+        if problem.code in ("not_found", "http_404"):
+            return []
+        raise
+
+
 @cli.command(example="orchestratia status --json")
 @pass_app
 def status(app):
     """Am I connected, who am I, what is going on.
 
-    What is being worked on, and the questions that wait for an answer.
+    What is being worked on, and the questions, permission requests and alerts that wait.
     """
     me = app.hub.get("auth/me")
     if me.get("kind") in ("server", "session"):
@@ -2024,6 +2229,7 @@ def status(app):
     waiting = app.hub.get("interventions", status="pending", project_id=app.project_id)
     found = {"connected": True, "hub_url": app.hub.url, **me, "tasks": tasks}
     found |= {"task_summary": {**counts, "total": len(tasks)}, "waiting": waiting}
+    found |= {kind: rows_of(app, kind, status=status) for kind, status in ALSO_WAITING.items()}
     app.show(found, status_view)
 
 
@@ -2381,6 +2587,8 @@ def session_show(app, name):
 @click.option("--name", help="What it is called; a name is made up if left out.")
 @click.option("--dir", "working_dir", metavar="DIR", help="Where it starts, on that server.")
 @click.option("--profile", help="The coding agent it runs; a shell if left out.")
+@click.option("--model", help="The model it uses.")
+@click.option("--mode", help="How much it asks: one of its profile's modes.")
 @click.option("--role", type=click.Choice(["worker", "orchestrator", "plain"]))
 @click.option("--task", "task_id", metavar="ID", help="The task there that it is to work on.")
 @click.option("--attach", is_flag=True, help="Attach to it at once.")
@@ -3218,16 +3426,18 @@ def check_waiting(wait, timeout):
         raise usage("--timeout goes with --wait.")
 
 
-def awaited(app, stream, task_id, look, end):
-    """What `look()` gives once it gives something; it is asked after each event of the task.
+def awaited(app, stream, task_id, look, end, every=None):
+    """What `look()` gives once it gives something; it is asked after each event of the task, and
+    `every` so many seconds.
 
     None when time is up.
     """
     while True:
-        item = stream.get(time_left(end))
+        item = stream.get(min((s for s in (time_left(end), every) if s is not None), default=None))
+        app.alive()
         if item is Stream.LOST:
             app.say(LOST_THE_HUB)
-        elif item is Stream.SYNC or (item and item.get("task_id") == task_id):
+        elif item in (Stream.SYNC, None) or item.get("task_id") == task_id:
             try:
                 if found := look():
                     return found
@@ -3245,14 +3455,20 @@ CLOSED = {
 }
 
 
-def show_answer(app, stream, asked, end):
-    """Waits for the answer to an intervention and prints it. Raises Problem and TimedOut."""
+def show_answer(app, stream, asked, claim, end):
+    """Waits for the answer to an intervention and prints it. Raises Problem and TimedOut.
+
+    claim: a UUID; while the hub is asked again and again with it, it keeps the answer for this call
+    and types it nowhere. It is not made to wait: it would keep the answer for a call that somebody
+    has ended meanwhile. Code `delivered` when the answer was typed already.
+    """
 
     def look():
-        found = app.hub.get(f"interventions/{asked['id']}")
+        body = {"claim": claim, "wait": 0}
+        found = app.hub.post(f"interventions/{asked['id']}/collect", body)
         return found if found.get("status") != "pending" else None
 
-    found = awaited(app, stream, asked.get("task_id"), look, end)
+    found = awaited(app, stream, asked.get("task_id"), look, end, COLLECT_S)
     if not found:
         again = f"orchestratia intervention show {asked['id']} --wait"
         sentence = f"Time is up; the question stays open. To go on waiting: {again}"
@@ -3270,13 +3486,14 @@ def submit_plan(app, task_id, plan, plan_file, wait, timeout):
     if (plan is None) == (plan_file is None):
         raise usage("Give the plan with --plan or with --plan-file.")
     value = json_or_text(not_empty(read_text(plan_file) if plan is None else plan, "The plan"))
-    stream = Stream(app.hub) if wait else None
     body = {"plan": {"summary": value} if isinstance(value, str) else value}
-    made = app.hub.post(f"tasks/{task_id}/plan", body)
     if not wait:
+        made = app.hub.post(f"tasks/{task_id}/plan", body)
         return app.did("Plan submitted", made, task_brief)
-    app.say("Plan submitted; waiting for the decision.")
-    show_decision(app, stream, made["id"], deadline(timeout))
+    with closing(Stream(app.hub)) as stream:  # before handing it in, so that nothing is missed
+        made = app.hub.post(f"tasks/{task_id}/plan", body)
+        app.say("Plan submitted; waiting for the decision.")
+        show_decision(app, stream, made["id"], deadline(timeout))
 
 
 def plans_of(app, task_id):
@@ -3284,8 +3501,11 @@ def plans_of(app, task_id):
 
 
 def show_decision(app, stream, task_id, end):
-    """Waits for what is decided of the plan just submitted. Raises Problem and TimedOut."""
-    version = plans_of(app, task_id)[-1]["version"]
+    """Waits for what is decided of the newest plan. Raises Problem and TimedOut."""
+    plans = plans_of(app, task_id)
+    if not plans:
+        raise Problem("No plan has been submitted for this task.", "not_found")
+    version = plans[-1]["version"]
 
     def look():
         ours = [one for one in plans_of(app, task_id) if one["version"] == version]
@@ -3293,7 +3513,8 @@ def show_decision(app, stream, task_id, end):
 
     found = awaited(app, stream, task_id, look, end)
     if not found:
-        sentence = f"Time is up; the plan still waits. To look: orchestratia plan show {task_id}"
+        again = f"orchestratia plan show {task_id} --wait"
+        sentence = f"Time is up; the plan still waits. To go on waiting: {again}"
         raise TimedOut(sentence, "timeout", {"task_id": task_id, "version": version})
     status, feedback = found["status"], clean(found.get("feedback") or "")
     if status != "approved":
@@ -3329,6 +3550,8 @@ describing = options(
     click.option("--framework", multiple=True, help="A framework it must offer; repeatable."),
     click.option("--capability", multiple=True, help="A capability it must offer; repeatable."),
     click.option("--profile", help="The coding agent, or `command` for any program."),
+    click.option("--model", help="The model its coding agent uses."),
+    click.option("--mode", help="How much its coding agent asks: one of its profile's modes."),
     click.option(
         "--command",
         "command_text",
@@ -3607,14 +3830,20 @@ def task_help(app, task_id, question, context, kind, target, wait, timeout):
     """
     check_waiting(wait, timeout)
     body = {"question": not_empty(question, "--question"), "intervention_type": kind}
-    stream = Stream(app.hub) if wait else None  # before asking, so that no answer is missed
-    said = given(context=context, target_session_id=target)
-    asked = app.hub.post(f"tasks/{task_id}/help", body | said)
+    body |= given(context=context, target_session_id=target)
     if wait:
-        app.say(f"Asked; waiting for the answer to {asked['id']}.")
-        return show_answer(app, stream, asked, deadline(timeout))
+        return ask_and_wait(app, task_id, body, deadline(timeout))
+    asked = app.hub.post(f"tasks/{task_id}/help", body)
     heading = "Question asked" if kind == "question" else "Help requested"
     app.did(heading, asked, intervention_detail)
+
+
+def ask_and_wait(app, task_id, body, end):
+    claim = str(uuid.uuid4())
+    with closing(Stream(app.hub)) as stream:  # before asking, so that no answer is missed
+        asked = app.hub.post(f"tasks/{task_id}/help", body | {"claim": claim})
+        app.say(f"Asked; waiting for the answer to {asked['id']}.")
+        show_answer(app, stream, asked, claim, end)
 
 
 @task.command("plan", example='orchestratia task plan 4f2a --plan "1. schema 2. routes 3. tests"')
@@ -3676,6 +3905,8 @@ CLEARED = {
     "acceptance-criteria": {"acceptance_criteria": []},
     "structured-spec": {"structured_spec": None},
     "command": {"command": None},
+    "model": {"model": None},
+    "mode": {"mode": None},
     "queue-timeout": {"queue_timeout": None},
     "start-timeout": {"start_timeout": None},
     "progress-timeout": {"progress_timeout": None},
@@ -3824,7 +4055,8 @@ def task_wait(app, refs, more_refs, goal, timeout):
     if goal not in GOALS and goal not in MARKS:
         raise usage(f"{goal!r} is no state of a task; try done, started, running or needs_human.")
     wait = Wait(app, refs, goal)
-    reached = wait.until(deadline(timeout))
+    with closing(wait.stream):
+        reached = wait.until(deadline(timeout))
     tasks = list(wait.tasks.values())
     app.show(tasks[0] if len(tasks) == 1 else {"tasks": tasks})
     if not reached:
@@ -3955,12 +4187,20 @@ def plan_submit(app, task_id, **options):
     submit_plan(app, task_id, **options)
 
 
-@plan.command("show", example="orchestratia plan show 4f2a")
+@plan.command("show", example="orchestratia plan show 4f2a --wait --timeout 1h")
 @task_argument(default=True)
+@waiting
 @pass_app
-def plan_show(app, task_id):
-    """Show a task's plan and what was decided of it."""
-    app.show(app.hub.get(f"tasks/{task_id}/plan"), plan_view)
+def plan_show(app, task_id, wait, timeout):
+    """Show a task's plan and what was decided of it.
+
+    With --wait waits for the decision on its newest version, as plan submit does.
+    """
+    check_waiting(wait, timeout)
+    if not wait:
+        return app.show(app.hub.get(f"tasks/{task_id}/plan"), plan_view)
+    with closing(Stream(app.hub)) as stream:
+        show_decision(app, stream, app.full_id(task_id), deadline(timeout))
 
 
 version_option = click.option(
@@ -4013,27 +4253,41 @@ def intervention_list(app, task_text, status):
     task_id = task_ref(task_text) if task_text else None
     query = {"task_id": task_id, "status": status, "project_id": app.project_id}
     app.show(app.hub.get("interventions", **query), show_interventions)
+    if not (app.as_json or task_id):
+        tell_of_others(app)
+
+
+def tell_of_others(app):
+    """What waits for a person beside questions."""
+    for kind, status in ALSO_WAITING.items():
+        if found := rows_of(app, kind, status=status):
+            noun = {"permissions": "permission request"}.get(kind, "alert")
+            verb = "waits" if len(found) == 1 else "wait"
+            listing = f"orchestratia {kind.removesuffix('s')} list --status {status}"
+            app.say(f"{plural(len(found), noun)} {verb}: {listing}")
 
 
 @intervention.command("show", example="orchestratia intervention show 77aa --wait --timeout 1h")
-@click.argument("ref", metavar="ID")
+@click.argument("ref", metavar="ID", shell_complete=completing("interventions", "id"))
 @waiting
 @pass_app
 def intervention_show(app, ref, wait, timeout):
     """Show a question with its answer.
 
-    With --wait prints the answer alone, as soon as there is one.
+    With --wait prints the answer alone, as soon as there is one. In the session that has asked the
+    answer then comes here and is not typed.
     """
     check_waiting(wait, timeout)
-    stream = Stream(app.hub) if wait else None
-    asked = app.hub.get(f"interventions/{task_ref(ref, 'intervention')}")
-    if wait:
-        return show_answer(app, stream, asked, deadline(timeout))
-    app.show(asked, intervention_detail)
+    path = f"interventions/{task_ref(ref, 'intervention')}"
+    if not wait:
+        return app.show(app.hub.get(path), intervention_detail)
+    with closing(Stream(app.hub)) as stream:
+        asked = app.hub.get(path)
+        show_answer(app, stream, asked, str(uuid.uuid4()), deadline(timeout))
 
 
 @intervention.command("respond", example='orchestratia intervention respond 77aa "Use JWT"')
-@click.argument("ref", metavar="ID")
+@click.argument("ref", metavar="ID", shell_complete=completing("interventions", "id"))
 @click.argument("text", required=False)
 @click.option("--response", help="The answer, instead of TEXT.")
 @pass_app
@@ -4044,6 +4298,333 @@ def intervention_respond(app, ref, text, response):
     answer = not_empty(text if response is None else response, "The answer")
     path = f"interventions/{task_ref(ref, 'intervention')}/respond"
     app.did("Answered", app.hub.post(path, {"response": answer}), intervention_detail)
+
+
+# --- permissions, rules, alerts ---------------------------------------------------------------
+
+
+@cli.group()
+def permission():
+    """Permissions: what coding agents ask to be allowed, and the answers."""
+
+
+permission_id = click.argument("ref", metavar="ID", shell_complete=completing("permissions", "id"))
+
+
+def permission_path(ref):
+    return f"permissions/{task_ref(ref, 'permission request')}"
+
+
+@permission.command("list", example="orchestratia permission list --status pending")
+@click.option(
+    "--status",
+    type=click.Choice(["pending", "allowed", "denied", "withdrawn"]),
+    help="Only those in this state.",
+)
+@click.option(
+    "--session",
+    "session_name",
+    metavar="NAME",
+    help="Only those of this session.",
+    shell_complete=completing("sessions"),
+)
+@click.option("--task-id", "--task", "task_text", metavar="ID", help="Only those of this task.")
+@pass_app
+def permission_list(app, status, session_name, task_text):
+    """List permission requests with their answers, newest first."""
+    task_id = task_ref(task_text) if task_text else None
+    query = given(status=status, session_id=session_name, task_id=task_id)
+    app.show(app.hub.get("permissions", project_id=app.project_id, **query), show_permissions)
+
+
+@permission.command("show", example="orchestratia permission show 5c0e")
+@permission_id
+@pass_app
+def permission_show(app, ref):
+    """Show a permission request: exactly what would be done, and where."""
+    app.show(app.hub.get(permission_path(ref)), permission_detail)
+
+
+@permission.command(
+    "allow",
+    example="orchestratia permission allow 5c0e\n"
+    'orchestratia permission allow 5c0e --always --pattern "npm run test *"',
+)
+@permission_id
+@click.option("--session", "for_session", is_flag=True, help="Also for the rest of the session.")
+@click.option("--always", is_flag=True, help="Also from now on: makes a rule that allows it.")
+@click.option("--pattern", help="With --always: what the rule allows; exactly this if left out.")
+@pass_app
+def permission_allow(app, ref, for_session, always, pattern):
+    """Allow what a coding agent asks for: once, if nothing else is said.
+
+    The first answer counts, also one given in the session's terminal.
+    """
+    if for_session and always:
+        raise usage("Give --session or --always, not both.")
+    if pattern is not None and not always:
+        raise usage("--pattern goes with --always.")
+    scope = "session" if for_session else "always" if always else "once"
+    body = {"decision": "allow", "scope": scope, **given(pattern=not_empty(pattern, "--pattern"))}
+    app.did("Allowed", app.hub.post(f"{permission_path(ref)}/decide", body), permission_detail)
+
+
+@permission.command("deny", example='orchestratia permission deny 5c0e --reason "Use the mirror"')
+@permission_id
+@click.option("--reason", help="Why; the coding agent is told.")
+@pass_app
+def permission_deny(app, ref, reason):
+    """Deny what a coding agent asks for, this time.
+
+    To deny something always, add a rule.
+    """
+    body = {"decision": "deny", "scope": "once", **given(reason=not_empty(reason, "--reason"))}
+    app.did("Denied", app.hub.post(f"{permission_path(ref)}/decide", body), permission_detail)
+
+
+@cli.group()
+def rule():
+    """Rules: what coding agents may do without asking, and what never.
+
+    A deny that applies beats everything else; then the first rule that applies decides, in their
+    order; what no rule speaks of is asked.
+    """
+
+
+def saying(function):
+    """`action` by --allow, --deny or --ask, of which one at most may be given."""
+
+    @click.option("--allow", is_flag=True, help="It may be done without asking.")
+    @click.option("--deny", is_flag=True, help="It may not be done, whatever other rules say.")
+    @click.option("--ask", is_flag=True, help="A person is asked.")
+    @functools.wraps(function)
+    def command(*args, allow, deny, ask, **options):
+        said = [n for n, on in {"allow": allow, "deny": deny, "ask": ask}.items() if on]
+        if len(said) > 1:
+            raise usage("Give one of --allow, --deny and --ask.")
+        return function(*args, action=said[0] if said else None, **options)
+
+    return command
+
+
+ruling = options(
+    click.option("--tool", help="The tool, with * and ? for any; every tool if left out."),
+    click.option("--pattern", help="What of it: words of a command, a path, an address."),
+    saying,
+    click.option(
+        "--server",
+        metavar="NAME",
+        help="On this server only.",
+        shell_complete=completing("servers"),
+    ),
+    click.option("--agent", metavar="NAME", help="For this coding agent only: claude, codex …"),
+    click.option("--note", help="Why it is there."),
+    click.option("--position", type=click.IntRange(min=1), help="Its place among the rules."),
+)
+rule_id = click.argument("ref", metavar="ID", shell_complete=completing("rules", "id"))
+
+
+def ruled(server, **fields):
+    """The fields of a rule that were given, as the hub takes them."""
+    return given(server_id=server, **fields)
+
+
+@rule.command("list", example="orchestratia rule list")
+@pass_app
+def rule_list(app):
+    """List the rules in their order."""
+    found = app.hub.get("rules", project_id=app.project_id)
+    app.show(found, lambda screen, data: rules_table(app, screen, data.get("rules") or []))
+
+
+def rules_table(app, screen, rules):
+    rows = with_names(app, rules)
+    return screen.table(rows, RULE_COLUMNS, "No rules: every permission is asked for.")
+
+
+def with_names(app, rules):
+    """Rules with the names of their `project` and `server` too."""
+    rows = [{**one, "project": "all"} for one in rules]
+    for kind in ("project", "server"):
+        if any(one.get(f"{kind}_id") for one in rules):
+            found = app.hub.get(f"{kind}s").get(f"{kind}s") or []
+            names = {one.get("id"): one.get("name") for one in found}
+            for row in rows:
+                if ident := row.get(f"{kind}_id"):
+                    row[kind] = names.get(ident, ident)
+    return rows
+
+
+def did_to_rule(app, sentence, rule):
+    def detail(screen, rule):
+        return rule_detail(screen, with_names(app, [rule])[0])
+
+    app.did(sentence, rule, detail)
+
+
+@rule.command(
+    "add",
+    example='orchestratia rule add --tool Bash --pattern "git push *" --deny --project shop\n'
+    'orchestratia rule add --tool Read --pattern "**/.env" --deny --all-projects',
+)
+@ruling
+@click.option("--all-projects", is_flag=True, help="For every project of the hub.")
+@pass_app
+def rule_add(app, all_projects, action, tool, **fields):
+    """Add a rule; it comes last if no position is given.
+
+    Without --tool it is about every tool, without --pattern about everything a tool does.
+    """
+    if not action:
+        raise usage("What does the rule say? Give --allow, --deny or --ask.")
+    project = None if all_projects else app.project_id or only_project(app)
+    if not (project or all_projects):
+        raise usage("For which project? Give --project NAME, or --all-projects for all of them.")
+    body = {"project": project, "action": action, "tool": tool or "*", **ruled(**fields)}
+    did_to_rule(app, "Rule added", app.hub.post("rules", body))
+
+
+def only_project(app):
+    """The id of the only project there is, None where there are more."""
+    found = app.hub.get("projects").get("projects") or []
+    return found[0]["id"] if len(found) == 1 else None
+
+
+RULE_FIELDS = ("pattern", "server", "agent", "note")
+
+
+@rule.command(
+    "change",
+    several=("--clear",),
+    example="orchestratia rule change 1f3d --ask --position 1\n"
+    "orchestratia rule change 1f3d --disable",
+)
+@rule_id
+@ruling
+@click.option("--disable/--enable", default=None, help="Whether it is left out of account.")
+@click.option(
+    "--clear",
+    multiple=True,
+    type=click.Choice(RULE_FIELDS),
+    metavar="FIELD…",
+    help=f"Empty these fields: any of {', '.join(RULE_FIELDS)}.",
+)
+@pass_app
+def rule_change(app, ref, disable, clear, **fields):
+    """Change fields of a rule, or its place."""
+    body = ruled(**fields)
+    if disable is not None:
+        body["enabled"] = not disable
+    for name in clear:
+        body["server_id" if name == "server" else name] = "" if name == "note" else None
+    if not body:
+        raise usage("Nothing to change: give at least one option.")
+    did_to_rule(app, "Rule changed", app.hub.patch(f"rules/{task_ref(ref, 'rule')}", body))
+
+
+@rule.command("remove", example="orchestratia rule remove 1f3d --yes")
+@rule_id
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@pass_app
+def rule_remove(app, ref, yes):
+    """Remove a rule; on a terminal it asks first."""
+    app.confirm(f"Remove the rule {ref}?", yes)
+    app.did(f"Rule {ref} removed", app.hub.delete(f"rules/{task_ref(ref, 'rule')}"))
+
+
+@rule.command(
+    "test",
+    example='orchestratia rule test "rm -rf build && make" --directory /srv/shop\n'
+    "orchestratia rule test --tool Read ~/.ssh/id_ed25519 --check",
+)
+@click.argument("text", metavar="[TEXT]", required=False)
+@click.option("--tool", default="Bash", show_default=True, help="The tool it is given to.")
+@click.option("--input", "whole", metavar="JSON", help="The tool's whole input, instead of TEXT.")
+@click.option("--directory", metavar="DIR", help="Where it would be done.")
+@click.option("--server", metavar="NAME", shell_complete=completing("servers"))
+@click.option("--agent", metavar="NAME", help="The coding agent that would do it.")
+@click.option("--check", is_flag=True, help="End with 1 unless it is allowed.")
+@pass_app
+def rule_test(app, text, tool, whole, check, server, **fields):
+    """Say what the rules make of a command, and why; nothing is done.
+
+    TEXT is what the tool is given: a command, a path, an address. Write it after -- if it begins
+    with a dash.
+    """
+    if (text is None) == (whole is None):
+        raise usage("Give TEXT, or the tool's whole input with --input.")
+    whole = whole and object_of(json_value(whole, "--input"), "--input")
+    there = app.hub.get(server_path(app, server)) if server else {}
+    project = there.get("project_id") or app.project_id or only_project(app)
+    if not project:
+        app.say("By the rules for all projects alone; --project NAME adds its own.")
+    said = given(command=text, input=whole, server_id=there.get("id"), project_id=project)
+    found = app.hub.post("rules/test", {"tool": tool, **said, **given(**fields)})
+    app.show(found, verdict_view)
+    if check and found.get("decision") != "allow":
+        raise click.exceptions.Exit(EXIT_REFUSED)
+
+
+@session.command("explain", example="orchestratia session explain dev-01")
+@named("sessions")
+@pass_app
+def session_explain(app, name):
+    """Say what a session's coding agent does, and what each signal says of it.
+
+    ▸ marks the signal that decided.
+    """
+    app.show(app.hub.get(session_path(app, name, "explain")), signals_view)
+
+
+@session.command("grants", example="orchestratia session grants dev-01")
+@named("sessions")
+@pass_app
+def session_grants(app, name):
+    """List what is allowed for the rest of a session."""
+    app.show(app.hub.get(session_path(app, name, "grants")), show_grants)
+
+
+@session.command("revoke-grant", example="orchestratia session revoke-grant dev-01 6b1d")
+@named("sessions")
+@click.argument("ref", metavar="ID")
+@pass_app
+def session_revoke_grant(app, name, ref):
+    """Take back what is allowed for the rest of a session; ID is one of its grants."""
+    prefix = task_ref(ref, "grant")
+    grants = app.hub.get(session_path(app, name, "grants")).get("grants") or []
+    found = [one["id"] for one in grants if one["id"].startswith(prefix)]
+    if len(found) != 1:
+        what = f"{len(found)} grants of {name} begin" if found else f"No grant of {name} begins"
+        code = "ambiguous" if found else "not_found"
+        raise Problem(f"{what} with {prefix!r}; session grants lists them.", code)
+    app.did("Taken back: it is asked for again.", app.hub.delete(f"grants/{found[0]}"))
+
+
+@cli.group()
+def alert():
+    """Alerts: sessions that are stuck or out of quota, answers that did not arrive."""
+
+
+@alert.command("list", example="orchestratia alert list")
+@click.option(
+    "--status",
+    type=click.Choice(["open", "dismissed", "over", "all"]),
+    default="open",
+    show_default=True,
+)
+@pass_app
+def alert_list(app, status):
+    """List alerts, newest first."""
+    query = given(status=None if status == "all" else status)
+    app.show(app.hub.get("alerts", project_id=app.project_id, **query), show_alerts)
+
+
+@alert.command("dismiss", example="orchestratia alert dismiss 3e9a")
+@click.argument("ref", metavar="ID", shell_complete=completing("alerts", "id"))
+@pass_app
+def alert_dismiss(app, ref):
+    """Put an alert away; it comes again only if its cause does."""
+    app.did("Dismissed", app.hub.post(f"alerts/{task_ref(ref, 'alert')}/dismiss"))
 
 
 # --- contracts --------------------------------------------------------------------------------
@@ -4237,6 +4818,8 @@ WRITTEN = (
     ("requirements", "requirements", {}),
     ("structured_spec", "structured_spec", None),
     ("profile", "profile", None),
+    ("model", "model", None),
+    ("mode", "mode", None),
     ("command", "command", None),
     ("auto_assign", "auto_assign", False),
     ("require_plan", "require_plan", False),
@@ -4587,6 +5170,690 @@ def waits_for(task, labels):
     if task.get("status") == "failed":
         return why(task) or one_line(summary_of(task.get("result") or ""))
     return ", ".join(dict.fromkeys(open_ones)) or why(task)
+
+
+# --- teaching coding agents -------------------------------------------------------------------
+
+WORKER_GUIDE = """\
+### Your task
+
+You have one task. `$ORCHESTRATIA_TASK_ID` names it, so these commands need no id.
+
+```sh
+orchestratia task view      # spec, acceptance criteria, what other tasks hand you, what you owe
+orchestratia task start     # you begin
+orchestratia note "Schema done, routes next"    # at each step, and when plans change
+```
+
+Ask instead of guessing at what a person should decide. This prints the answer alone:
+
+```sh
+orchestratia task help --question "JWT or cookies?" --context "Two clients need it" --wait
+```
+
+With `--type approval` ask for leave to do what cannot be undone; with `--type question` an
+orchestrator may answer too.
+
+If the task's state is `planning`, hand in a plan and change nothing before it is approved:
+
+```sh
+orchestratia plan submit --plan-file plan.md --wait
+```
+
+Exit code 0: approved. 1: sent back; it says what should be different; hand in a new version.
+
+End the task, always, with one of these. Nothing else tells anyone that you have finished.
+
+```sh
+orchestratia task complete --result-file result.json
+orchestratia task fail --error "The schema does not compile: line 12"
+```
+
+The result is text or JSON. The contracts you owe go in it by their keys:
+
+```json
+{"summary": "Routes and tests done", "contracts": {"api_schema": {"version": 1}}}
+```
+
+If the hub refuses it, its sentence says which contract is missing or does not fit its schema: mend
+that and complete again.
+
+A command that waits may outlast your own limit for commands: give it `--timeout 9m`. Exit code 4
+means not answered yet, and what is printed says how to go on waiting. An answer that nobody waits
+for is typed into this session.
+"""
+
+ORCHESTRATOR_GUIDE = """\
+### Giving work to others
+
+You split work into tasks, give them out and watch them; you do not do them yourself.
+
+```sh
+orchestratia status                       # what is going on, what waits
+orchestratia server list                  # who can do what
+orchestratia task create --title "Gateway routes" --spec-file routes.md --repo api-gateway \\
+    --acceptance-criteria "All tests pass" --depends-on 4f2a:input:api_schema --auto-assign
+orchestratia pipeline apply tasks.yaml    # many tasks at once, all or none
+```
+
+Write into a spec all that its worker must know, and criteria by which one sees that it is done.
+`--depends-on ID` waits for a task, `ID:input:KEY` also takes its contract KEY, `ID:related` is a
+link only. `--require-plan` has the worker ask first. A task promises contracts like this:
+
+```sh
+orchestratia task create --title "Schema" --repo core --auto-assign \\
+    --structured-spec '{"expected_contracts": {"api_schema": {"description": "OpenAPI"}}}'
+```
+
+Link, assign (without a name to the server that fits best), watch:
+
+```sh
+orchestratia task deps add 91bc --depends-on 4f2a
+orchestratia task assign 4f2a --session dev-01
+orchestratia task wait 4f2a 91bc --timeout 9m    # 0 all done, 1 one ended otherwise, 4 not yet
+orchestratia task tree 4f2a
+orchestratia task explain 4f2a                   # why it does not start
+```
+
+Answer what workers ask. Questions of type `question` are yours, the others are for people:
+
+```sh
+orchestratia intervention list --status pending
+orchestratia intervention respond 77aa "Use JWT"
+orchestratia plan show 4f2a
+orchestratia plan approve 4f2a --comment "Mind the old clients"
+orchestratia plan revise 4f2a --feedback "Keep the old routes"
+```
+
+Tell a worker something, try again, or stop:
+
+```sh
+orchestratia note 4f2a "The schema has moved to core/" --urgent
+orchestratia task retry 4f2a
+orchestratia task cancel 4f2a --cascade
+```
+"""
+
+COMMON_GUIDE = """\
+Exit codes: 0 done, 1 refused (the sentence says why), 2 wrong usage, 3 hub unreachable, 4 timed out
+waiting. `--json` after any command prints JSON; `orchestratia COMMAND --help` shows its options.
+What a coding agent is allowed to do is decided by people: do not answer permission requests, and do
+not look for ways around a denial; ask.
+"""
+
+GUIDES = {"worker": WORKER_GUIDE, "orchestrator": ORCHESTRATOR_GUIDE}
+GUIDE_HEAD = """\
+## Orchestratia
+
+For sessions that Orchestratia has started: `$ORCHESTRATIA_SESSION_ID` is set there. Elsewhere skip
+this section. `orchestratia` is on the path and knows the hub and its key.
+"""
+SKILL_HEAD = """\
+---
+name: orchestratia
+description: >-
+  How to report on, ask about, plan, complete or hand out tasks with the `orchestratia` command in a
+  session of Orchestratia. Use it when ORCHESTRATIA_SESSION_ID is set, or when somebody speaks of a
+  task, a contract, a worker or a hub.
+---
+"""
+# What each coding agent reads: the file with its instructions, and its skill.
+TAUGHT = {
+    "claude": ("CLAUDE.md", ".claude/skills/orchestratia/SKILL.md"),
+    "codex": ("AGENTS.md", ".agents/skills/orchestratia/SKILL.md"),
+    "gemini": ("GEMINI.md", ".agents/skills/orchestratia/SKILL.md"),
+    "aider": ("AGENTS.md", None),
+}
+AIDER_SETTINGS = ".aider.conf.yml"  # aider reads no file with instructions unless it is told to
+BEGIN = "<!-- orchestratia:begin (`orchestratia init` writes this section: changes are lost) -->"
+END = "<!-- orchestratia:end -->"
+MARKER = re.compile(r"^[ \t]*<!-- orchestratia:(begin|end)\b[^\n]*-->[ \t]*$", re.M)
+
+
+def guide(roles):
+    return "\n".join((GUIDE_HEAD, *(GUIDES[role] for role in roles), COMMON_GUIDE)).rstrip()
+
+
+def with_section(text, section, name):
+    """`text` with `section` between our markers, in the place it had or at the end.
+
+    Raises Problem when the markers are not one pair: what is the user's cannot be told then.
+    """
+    section = f"{BEGIN}\n{section}\n{END}"
+    found = list(MARKER.finditer(text))
+    if not found:
+        return (
+            f"{text}{'' if text.endswith(chr(10)) else chr(10)}\n{section}\n"
+            if text
+            else f"{section}\n"
+        )
+    if [marker[1] for marker in found] != ["begin", "end"]:
+        lines = ", ".join(str(text.count("\n", 0, marker.start()) + 1) for marker in found)
+        raise Problem(
+            f"{name} is left as it is: the markers of our section are not one begin and one end "
+            f"(line {lines}). Delete these lines and what is ours between them, then run it again.",
+            "local",
+        )
+    return text[: found[0].start()] + section + text[found[1].end() :]
+
+
+def with_skill(text, section, name):
+    """The whole text of a skill. Raises Problem for a file that is not ours."""
+    if text and BEGIN not in text:
+        raise Problem(
+            f"{name} is left as it is: it was not written by `orchestratia init`. Move it away, "
+            "then run it again.",
+            "local",
+        )
+    return f"{SKILL_HEAD}\n{BEGIN}\n{section}\n{END}\n"
+
+
+def with_aider(text, section, name):
+    return text or f"read: [{TAUGHT['aider'][0]}]\n"
+
+
+def file_text(path, name, root):
+    """(text, line ending) of a file, empty if it is not there. Raises Problem."""
+    try:
+        # A link that leads elsewhere may have been put there to have something else written to.
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise Problem(f"{name} is a link that leads out of {root}: not written.", "local")
+        text = path.read_bytes().decode()
+    except FileNotFoundError:
+        return "", "\n"
+    except UnicodeDecodeError as error:
+        raise Problem(
+            f"{name} is not UTF-8 text (byte {error.start}): not written.", "local"
+        ) from None
+    except OSError as error:
+        raise Problem(f"Cannot read {name}: {error.strerror}.", "local") from None
+    if not os.access(path, os.W_OK):
+        raise Problem(f"Cannot write {name}: it is read-only.", "local")
+    return text.replace("\r\n", "\n"), "\r\n" if "\r\n" in text else "\n"
+
+
+def write_file(path, text, name):
+    """Replaces a file at once or not at all; its mode stays, a link is followed."""
+    path = path.resolve()
+    try:
+        mode = path.stat().st_mode & 0o7777 if path.exists() else 0o644
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".orchestratia-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(text.encode())
+            os.chmod(scratch, mode)
+            os.replace(scratch, path)
+        except BaseException:
+            os.unlink(scratch)
+            raise
+    except OSError as error:
+        raise Problem(f"Cannot write {name}: {error.strerror}.", "local") from None
+
+
+def taught_files(agents):
+    """{path: what makes its new text} for these coding agents."""
+    files = {}
+    for agent in agents:
+        section, skill = TAUGHT[agent]
+        files |= {section: with_section} | ({skill: with_skill} if skill else {})
+        files |= {AIDER_SETTINGS: with_aider} if agent == "aider" else {}
+    return files
+
+
+def roles_here(app, role):
+    """The parts of the guide to write: of the role given, else of the session's, else both."""
+    if role:
+        return [role]
+    key = app.credentials.key or ""
+    if app.credentials.url and key.startswith(("orc_", "orcs_")):
+        known = app.hub.get("auth/me").get("role")
+        return {"worker": ["worker"], "orchestrator": ["orchestrator"]}.get(known, list(GUIDES))
+    return list(GUIDES)
+
+
+@cli.command(
+    example="orchestratia init\norchestratia init --dir ~/shop --role worker --agent claude"
+)
+@click.option("--dir", "directory", metavar="DIR", default=".", help="Where; here if left out.")
+@click.option("--role", type=click.Choice(list(GUIDES)), help="Only what this role needs.")
+@click.option(
+    "--agent",
+    "agents",
+    multiple=True,
+    type=click.Choice([*TAUGHT, "all"]),
+    help="For this coding agent; repeatable. All if left out.",
+)
+@pass_app
+def init(app, directory, role, agents):
+    """Teach the coding agents of a directory these commands.
+
+    Writes a section of AGENTS.md, CLAUDE.md and GEMINI.md, and skills. What else is in the files
+    stays; run again, it brings the section up to date. The role is the session's if there is one.
+    """
+    root = Path(directory).expanduser()
+    if not root.is_dir():
+        raise usage(f"{directory} is not a directory; give one with --dir.")
+    chosen = list(TAUGHT) if not agents or "all" in agents else agents
+    section, changes, seen = guide(roles_here(app, role)), [], set()
+    for name, renew in taught_files(chosen).items():  # all are checked before any is written
+        path = root / name
+        before, ending = file_text(path, name, root)
+        after = renew(before, section, name)
+        if path.resolve() not in seen:
+            changes.append((path, name, before, after, ending))
+        seen.add(path.resolve())
+    for path, name, before, after, ending in changes:
+        if after != before:
+            write_file(path, after.replace("\n", ending), name)
+    files = [
+        {"path": name, "done": "kept" if after == before else "updated" if before else "created"}
+        for _, name, before, after, _ in changes
+    ]
+    app.show({"directory": str(root.resolve()), "files": files}, taught_view)
+    settings = root / AIDER_SETTINGS
+    if "aider" in chosen and TAUGHT["aider"][0] not in settings.read_text("utf-8", "replace"):
+        app.say(f"aider does not read it yet: add {TAUGHT['aider'][0]} to `read` in {settings}.")
+
+
+def taught_view(screen, data):
+    columns = (Column("file", line_of("path")), Column("", line_of("done")))
+    return screen.table(data["files"], columns, "")
+
+
+# --- the same for programs: an MCP server -----------------------------------------------------
+
+LONGEST_WAIT_S = 50  # some coding agents give a tool 60 s
+PROGRESS_S = 10
+
+
+@functools.cache
+def mcp_library():
+    """The parts of the MCP SDK that are used, imported only by the command that needs them."""
+    modules = {
+        "anyio": "anyio",
+        "types": "mcp.types",
+        "lowlevel": "mcp.server.lowlevel",
+        "stdio": "mcp.server.stdio",
+    }
+    try:
+        library = {name: importlib.import_module(module) for name, module in modules.items()}
+        there = importlib.metadata.version("mcp")
+    except ImportError:
+        library, there = {}, None
+    if not there or there.partition(".")[0] != "2":
+        state = f"is installed in version {there}" if there else "is not installed"
+        remedy = f"{shlex.quote(sys.executable)} -m pip install 'mcp>=2.3,<3'"
+        raise Problem(f"This needs version 2 of mcp, which {state}. Run: {remedy}", "local")
+    return library
+
+
+class Tool(NamedTuple):
+    """A command as a tool. own: about the session's own task if none is named. reads: changes
+    nothing. waits: unless told not to. must: options it cannot do without. less: those it has not.
+    """
+
+    words: str
+    own: bool = False
+    reads: bool = False
+    waits: bool = False
+    about: str = ""
+    must: tuple = ()
+    less: tuple = ()
+
+    @property
+    def name(self):
+        return self.words.replace(" ", "_").replace("-", "_")
+
+    @property
+    def command(self):
+        found = cli
+        for word in self.words.split():
+            found = found.commands[word]
+        return found
+
+
+SEEING_TOOLS = (
+    Tool("status", reads=True),
+    Tool("task view", own=True, reads=True),
+    Tool("task notes", own=True, reads=True),
+    Tool("task note", own=True),
+    Tool("contract list", own=True, reads=True),
+    Tool("contract show", own=True, reads=True),
+    Tool("plan show", own=True, reads=True),
+    Tool("intervention show", reads=True),
+)
+WORKER_TOOLS = (
+    Tool("task check", reads=True),
+    Tool("task start", own=True),
+    Tool("task help", own=True, waits=True),
+    Tool("plan submit", own=True, waits=True, must=("plan",)),
+    Tool(
+        "task complete",
+        own=True,
+        about='Contracts go in the result by their keys: {"summary": …, "contracts": {KEY: …}}.',
+        must=("result",),
+    ),
+    Tool("task fail", own=True),
+)
+ORCHESTRATOR_TOOLS = (
+    Tool("server list", reads=True),
+    Tool("session list", reads=True),
+    Tool("session screen", reads=True),
+    Tool("task list", reads=True),
+    Tool("task create"),
+    Tool("task update"),
+    Tool("task assign"),
+    Tool("task cancel"),
+    Tool("task retry"),
+    Tool("task explain", reads=True),
+    Tool("task wait", reads=True, waits=True),
+    Tool("task deps add"),
+    Tool("task deps remove"),
+    Tool("plan approve"),
+    Tool("plan revise"),
+    Tool("intervention list", reads=True),
+    Tool("intervention respond", must=("response",)),
+    Tool("pipeline create", must=("inline",)),
+    Tool("pipeline show", reads=True, less=("timeout",)),
+    Tool("events", reads=True),
+)
+PERSON_TOOLS = (Tool("contract set"),)
+# By the role the hub gives the key; a person has none and gives work out.
+ROLE_TOOLS = {
+    "worker": SEEING_TOOLS + WORKER_TOOLS,
+    "plain": SEEING_TOOLS + WORKER_TOOLS,
+    "orchestrator": SEEING_TOOLS + WORKER_TOOLS + ORCHESTRATOR_TOOLS,
+    "server": SEEING_TOOLS + WORKER_TOOLS + ORCHESTRATOR_TOOLS,
+    None: SEEING_TOOLS + ORCHESTRATOR_TOOLS + PERSON_TOOLS,
+}
+# What a tool does not have: it reads files, follows for ever, or says the same twice.
+NOT_FOR_TOOLS = {"spec_file", "plan_file", "result_file", "file", "id", "follow", "watch", "text"}
+OBJECT = {"type": "object"}
+ANYTHING = {"anyOf": [OBJECT, {"type": "string"}]}
+TEXTS = {"type": "array", "items": {"type": "string"}}
+# What is written as JSON on a command line, and lists of words.
+SCHEMAS = {
+    "structured_spec": OBJECT,
+    "inline": OBJECT,
+    "result": ANYTHING,
+    "plan": ANYTHING,
+    "value": {"description": "Any JSON value."},
+    "command": TEXTS,
+}
+AS_JSON = {"structured_spec", "inline", "value", "command"}
+WORDS_OF = {  # arguments by the names they have in the help
+    "task_id": "A task: its id or the first 4 characters or more.",
+    "task_ids": "Tasks: their ids or the first 4 characters or more.",
+    "key": "The key of a contract.",
+}
+
+
+class Parameter(NamedTuple):
+    """One property of a tool: what it is, and how it is written on a command line.
+
+    option: `--title`, None for a word of its own. off: what says no to a switch.
+    """
+
+    schema: dict
+    option: str | None
+    off: str | None = None
+    needed: bool = False
+
+
+def parameters(tool):
+    """{name: Parameter} of a tool, from the options and arguments of its command."""
+    found = {}
+    for one in tool.command.params:
+        if isinstance(one, click.Option):
+            long = max(one.opts, key=len)
+            name = long.removeprefix("--").replace("-", "_")
+            off = one.secondary_opts[0] if one.secondary_opts else None
+            if name not in NOT_FOR_TOOLS and name not in tool.less:
+                needed = one.required or name in tool.must
+                found[name] = Parameter(schema_of(one, name), long, off, needed)
+        elif one.name not in NOT_FOR_TOOLS:
+            found |= words_of(tool, one)
+    return found
+
+
+def words_of(tool, argument):
+    """The parameters that a command's arguments are."""
+    if argument.name in ("positional", "given_words", "refs"):
+        many = argument.name == "refs"
+        name = "task_ids" if many else "task_id"
+        texts = TEXTS if many else {"type": "string"}
+        own = " Your own if left out." if tool.own else ""
+        schema = {**texts, "description": WORDS_OF[name] + own}
+        found = {name: Parameter(schema, "--id", needed=not tool.own)}
+        for word in argument.make_metavar(click.Context(tool.command)).lower().split()[1:]:
+            about = SCHEMAS.get(word) or {"type": "string", "description": WORDS_OF.get(word, "")}
+            found[word] = Parameter(about, None, needed=True)
+        return found
+    name = "id" if argument.name == "ref" else argument.name
+    return {name: Parameter({"type": "string"}, None, needed=argument.required)}
+
+
+def schema_of(option, name):
+    """The JSON schema of an option's value."""
+    kinds = {
+        click.Choice: lambda kind: {"type": "string", "enum": list(kind.choices)},
+        Duration: lambda kind: {"type": "number"},
+        click.IntRange: lambda kind: {"type": "integer"},
+        click.types.IntParamType: lambda kind: {"type": "integer"},
+    }
+    made = next((make for kind, make in kinds.items() if isinstance(option.type, kind)), None)
+    one = (
+        {"type": "boolean"} if option.is_flag else made(option.type) if made else {"type": "string"}
+    )
+    if option.multiple:
+        one = {"type": "array", "items": one}
+    unit = "Seconds." if isinstance(option.type, Duration) else ""
+    about = " ".join(filter(None, (option.help, unit)))
+    return {**SCHEMAS.get(name, one), **({"description": about} if about else {})}
+
+
+def command_line(tool, arguments, longest):
+    """The words of a tool's command. Raises click.UsageError for arguments it does not have.
+
+    Each value is bound to its option or stands behind `--`, so that none can be an option itself.
+    longest: seconds that a tool which waits may wait.
+    """
+    known, words, rest = parameters(tool), [], []
+    if unknown := arguments.keys() - known:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise usage(f"{tool.name} has no argument {min(unknown)!r}; {has}.")
+    for name, one in known.items():
+        if name in arguments and (arguments[name] is not None or name == "value"):
+            (words if one.option else rest).extend(written_out(one, name, arguments[name]))
+        elif one.needed:
+            raise usage(f"{tool.name} needs the argument {name!r}.")
+    if tool.waits or "wait" in known:
+        words = [word for word in words if not word.startswith(("--wait", "--timeout="))]
+        if arguments.get("wait", tool.waits):
+            timeout = DURATION_TYPE.convert(arguments.get("timeout") or longest, None, None)
+            words += ["--wait"] * ("wait" in known) + [f"--timeout={min(timeout, longest)}s"]
+    return [*tool.words.split(), *words, *(["--", *rest] if rest else [])]
+
+
+def written_out(parameter, name, value):
+    """A value as the words of a command line."""
+    option = parameter.option
+    if parameter.schema.get("type") == "boolean":
+        return [option] if value else [parameter.off] if parameter.off else []
+    if name in AS_JSON:
+        texts = [json.dumps(value)]
+    else:
+        several = isinstance(value, list) and parameter.schema.get("type") == "array"
+        texts = [
+            one if isinstance(one, str) else json.dumps(one)
+            for one in (value if several else [value])
+        ]
+    return [f"{option}={text}" for text in texts] if option else texts
+
+
+class Call(App):
+    """A command called by a program: what it would print is its answer."""
+
+    def __init__(self, app):
+        super().__init__()
+        self.flags = {**app.flags, "as_json": True}
+        self.answer, self.over = {}, threading.Event()
+
+    def alive(self):
+        if self.over.is_set():
+            raise Interrupted("The call was cancelled.", "interrupted")
+
+    def show(self, data, render=None):
+        self.answer = data
+
+
+# The lists of the hub's own objects.
+ROWS = {"tasks", "servers", "sessions", "events", "contracts", "plans", "waiting", *ALSO_WAITING}
+
+
+def lean(answer):
+    """An answer of the hub without its null fields; what users put into it stays as it is."""
+    if isinstance(answer, list):
+        return [lean(one) for one in answer]
+    if not isinstance(answer, dict):
+        return answer
+    return {
+        key: lean(value) if key in ROWS and isinstance(value, list) else value
+        for key, value in answer.items()
+        if value is not None
+    }
+
+
+STILL_WAITING = {
+    "task help": "intervention_show with this id and wait=true waits on. An answer that nobody "
+    "waits for is typed into this session.",
+    "intervention show": "Call it again to wait on.",
+    "plan submit": "plan_show with wait=true waits on.",
+    "plan show": "Call it again to wait on.",
+    "task wait": "Call it again to wait on.",
+}
+
+
+def carry_out(tool, arguments, call, longest):
+    """(text, whether it is an error) of a tool called with `arguments` (object by name)."""
+    try:
+        if tool.own and not (arguments.get("task_id") or os.environ.get("ORCHESTRATIA_TASK_ID")):
+            arguments = arguments | {"task_id": call.hub.get("auth/me").get("task_id")}
+        words = command_line(tool, arguments, longest)
+        with suppress(click.exceptions.Exit), cli.make_context(PROGRAM, words, obj=call) as context:
+            cli.invoke(context)
+        return json.dumps(lean(call.answer), ensure_ascii=False), False
+    except TimedOut as late:
+        told = {"still_waiting": True, "next": STILL_WAITING[tool.words]}
+        return json.dumps(told | lean(late.fields), ensure_ascii=False), False
+    except Problem as problem:
+        candidates = [candidate_line(one) for one in problem.fields.get("candidates") or ()]
+        return "\n".join((clean(problem), *candidates)), True
+    except click.ClickException as error:
+        return clean(error.format_message()), True
+    except Exception as error:  # the last resort: the connection must outlive it
+        return f"The hub's answer or this program is at fault ({one_line(error)}).", True
+
+
+def described_tool(types, tool):
+    """A tool as the protocol lists it."""
+    known = parameters(tool)
+    schema = {
+        "type": "object",
+        "properties": {name: one.schema for name, one in known.items()},
+        "required": [name for name, one in known.items() if one.needed],
+        "additionalProperties": False,
+    }
+    about = " ".join(filter(None, (one_line(tool.command.help.partition("\n\n")[0]), tool.about)))
+    if tool.waits:
+        about += " Waits for it, unless `wait` is false; says when it has not come yet."
+    hints = types.ToolAnnotations(
+        read_only_hint=tool.reads, destructive_hint=tool.name == "task_cancel"
+    )
+    return types.Tool(name=tool.name, description=about, input_schema=schema, annotations=hints)
+
+
+async def answer_tool(library, app, tools, longest, context, asked):
+    """Carries out one call in a thread of its own, with signs of life to whoever waits."""
+    anyio, types = library["anyio"], library["types"]
+    tool, call = tools.get(asked.name), Call(app)
+    if tool is None:
+        text, failed = f"There is no tool {asked.name!r} for this key.", True
+    else:
+        async with anyio.create_task_group() as group:
+            group.start_soon(signs_of_life, anyio, context.session)
+            try:
+                text, failed = await anyio.to_thread.run_sync(
+                    carry_out, tool, asked.arguments or {}, call, longest, abandon_on_cancel=True
+                )
+            finally:
+                call.over.set()
+            group.cancel_scope.cancel()
+    return types.CallToolResult(
+        content=[types.TextContent(type="text", text=text)], is_error=failed
+    )
+
+
+async def signs_of_life(anyio, session):
+    since = 0
+    while True:
+        await anyio.sleep(PROGRESS_S)
+        since += PROGRESS_S
+        await session.report_progress(since, message="Still waiting.")
+
+
+async def serve_tools(library, app, tools, instructions, longest):
+    """Speaks MCP on standard input and output until the input ends."""
+    types = library["types"]
+    listed_tools = [described_tool(types, tool) for tool in tools.values()]
+
+    async def list_tools(context, asked):
+        return types.ListToolsResult(tools=listed_tools)
+
+    async def call_tool(context, asked):
+        return await answer_tool(library, app, tools, longest, context, asked)
+
+    server = library["lowlevel"].Server(
+        PROGRAM,
+        version=VERSION,
+        instructions=instructions,
+        on_list_tools=list_tools,
+        on_call_tool=call_tool,
+    )
+    async with library["stdio"].stdio_server() as (source, sink):
+        await server.run(source, sink, server.create_initialization_options())
+
+
+INSTRUCTIONS = {
+    "worker": "Your task: read it with task_view, say how it goes with task_note, ask with "
+    "task_help instead of guessing, and end it with task_complete or task_fail.",
+    "orchestrator": "Split work into tasks with task_create, link and assign them, wait for them "
+    "with task_wait, and answer what their workers ask (intervention_list).",
+}
+
+
+@cli.command("mcp", example="claude mcp add orchestratia -- orchestratia mcp --longest-wait 1h")
+@click.option(
+    "--longest-wait",
+    type=DURATION_TYPE,
+    default=LONGEST_WAIT_S,
+    help="How long a tool waits for a person before it says so: less than your coding agent "
+    f"gives a tool. {LONGEST_WAIT_S} s if left out.",
+)
+@pass_app
+def serve_mcp(app, longest_wait):
+    """Serve these commands as tools to a coding agent (MCP, on standard input and output).
+
+    Which tools there are depends on the role of the key: a worker's are about its task, an
+    orchestrator and a person also give work out.
+    """
+    library = mcp_library()
+    me = app.hub.get("auth/me")
+    role = me.get("role") if me.get("kind") in ("server", "session") else None
+    tools = {tool.name: tool for tool in ROLE_TOOLS.get(role, SEEING_TOOLS)}
+    told = INSTRUCTIONS["worker" if role in ("worker", "plain") else "orchestrator"]
+    library["anyio"].run(serve_tools, library, app, tools, told, longest_wait)
 
 
 # --- events -----------------------------------------------------------------------------------

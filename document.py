@@ -206,6 +206,8 @@ class Task(Answer):
     pipeline_id: str | None
     project_id: str
     profile: str | None
+    model: str | None
+    mode: str | None
     command: list[str] | None
     auto_assign: bool
     on_lost: str
@@ -306,6 +308,107 @@ class Intervention(Answer):
     closed_by: str | None
     closed_at: str | None
     closed_why: str | None
+    delivery: str | None = Field(
+        description="held or returned (to a call that waits), sent, typed, unknown or failed"
+    )
+    delivery_why: str | None
+
+
+class Permission(Answer):
+    id: str
+    status: Literal["pending", "allowed", "denied", "withdrawn"]
+    tool: str
+    input: dict[str, Any]
+    subject: str = Field(description="the exact command, path or address")
+    directory: str
+    agent: str | None
+    via: Literal["hook", "screen", "log"]
+    project_id: str
+    server_id: str
+    server_name: str | None
+    session_id: str | None
+    session_name: str | None
+    task_id: str | None
+    task_title: str | None
+    attempt: int | None
+    asked_at: str
+    decided_by: str | None = Field(description="a person, rule:ID, grant:PERSON")
+    decided_at: str | None
+    scope: Literal["once", "session", "always"] | None
+    reason: str | None
+    rule_id: str | None
+    delivery: Literal["sent", "delivered", "unknown", "failed"] | None
+    delivery_why: str | None
+    answered_where: str | None = Field(description="where it was settled without an answer")
+
+
+class Grant(Answer):
+    id: str
+    tool: str
+    subject: str
+    directory: str
+    granted_by: str
+    at: str
+
+
+class Rule(Answer):
+    id: str
+    position: int
+    project_id: str | None
+    server_id: str | None
+    agent: str | None
+    tool: str
+    pattern: str | None
+    action: Literal["allow", "deny", "ask"]
+    note: str
+    enabled: bool
+    created_by: str
+    created_at: str
+
+
+class OldRule(Answer):
+    id: str
+    name: str
+    is_active: bool
+    tool_pattern: str
+    param_pattern: str | None
+    scope_type: Literal["tenant", "project", "server"]
+    scope_id: str | None
+    agent_filter: str
+    action: Literal["deny"]
+
+
+class Verdict(Answer):
+    decision: Literal["allow", "deny", "ask"]
+    because: str
+    rule: Rule | None
+    parts: list[dict[str, Any]] = Field(description="{text, decision, rule_id, because}")
+
+
+class Alert(Answer):
+    id: str
+    kind: Literal["stuck", "quota", "delivery", "prompt"]
+    sentence: str
+    project_id: str
+    session_id: str | None
+    session_name: str | None
+    task_id: str | None
+    task_title: str | None
+    at: str
+    status: Literal["open", "dismissed", "over"]
+    ended_by: str | None
+    ended_at: str | None
+
+
+class Signals(Answer):
+    session_id: str
+    name: str
+    activity: str
+    reason: str | None
+    signal: str | None
+    since: str | None
+    progress: str | None
+    signals: list[dict[str, Any]] = Field(description="{name, says, at, silent, decided}")
 
 
 class Asked(Intervention):
@@ -367,6 +470,9 @@ class Session(Answer):
     attempt: int | None
     role: Literal["worker", "orchestrator", "plain"]
     profile: str | None
+    model: str | None
+    mode: str | None
+    resumable: bool = Field(description="its agent's conversation can be taken up again")
     status: Literal[cascade.SESSION_STATES]
     activity: str | None
     reason: str | None

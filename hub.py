@@ -25,8 +25,10 @@ from apscheduler.events import EVENT_JOB_ERROR
 from apscheduler.schedulers.background import BackgroundScheduler
 
 import api
+import api_permissions
 import auth
 import document
+import inbox
 import install
 import live
 import logs
@@ -38,6 +40,7 @@ import pages_servers
 import pages_sessions
 import pages_settings
 import pages_tasks
+import permissions
 import servers
 import sessions
 import sockets
@@ -48,7 +51,8 @@ import ws
 
 log = logging.getLogger("orchestratia.hub")
 HERE = Path(__file__).parent
-# Importing them adds their views to the one blueprint of the pages.
+# Importing them adds their views to the one blueprint of the pages, or of the API.
+API = (api_permissions,)
 PAGES = (pages_tasks, pages_pipelines, pages_servers, pages_sessions, pages_settings, pages_events)
 
 # (name, default, help). From flags, then ORCHESTRATIA_<NAME>, then hub.yaml in the data directory.
@@ -62,6 +66,7 @@ SETTINGS = (
     ("poll_silence_s", 40.0, "silence of the poll after which sessions are disconnected"),
     ("grace_s", 15.0, "how long a recovered session is watched before it is active, in seconds"),
     ("lost_after_s", 900.0, "absence after which a server's tasks are given to others"),
+    ("stuck_after_s", 1800.0, "a worker without progress for so long is an alert, in seconds"),
     ("tick_s", 5.0, "how often silence is looked for, in seconds"),
     ("due_s", 1.0, "how often retries and timeouts are looked for, in seconds"),
     ("registration_s", 3600.0, "life of a registration token, in seconds"),
@@ -158,6 +163,7 @@ def create_app(settings: dict) -> APIFlask:
     app.config["MAX_CONTENT_LENGTH"] = int(settings["max_body_mb"] * 1_000_000)
     web.init_app(app)
     document.init_app(app)
+    permissions.begin()
     app.register_blueprint(api.bp, url_prefix="/api/v1")
     app.register_blueprint(api.work, url_prefix="/api/v1")
     app.register_blueprint(api.work, url_prefix="/api/v1/server", name="work_on_server")
@@ -175,6 +181,8 @@ def jobs(settings: dict):
         ("silence", settings["tick_s"], lambda: _silence(settings)),
         ("due", settings["due_s"], lambda: tasks.due(time.time())),
         ("settle", settings["due_s"], lambda: _settle(settings)),
+        ("answers", settings["due_s"], lambda: inbox.send_unclaimed(time.time())),
+        ("stuck", settings["tick_s"], lambda: _notice_stuck(settings)),
         ("remind", 1, _remind),
         ("tokens", 3600, lambda: auth.forget_expired(time.time())),
     )
@@ -185,6 +193,10 @@ def _silence(settings: dict) -> None:
     servers.notice_silence(settings["offline_after_s"])
     servers.release_lost(time.time(), settings["lost_after_s"])
     servers.save_heartbeats()
+
+
+def _notice_stuck(settings: dict) -> None:
+    inbox.notice_stuck(time.time(), settings["stuck_after_s"])
 
 
 def _remind() -> None:

@@ -5,8 +5,12 @@ A task is `needs_human` exactly while it has pending interventions, and `plan_re
 the newest version of its plan is pending. What a task that ends leaves open, `moves` closes.
 """
 
+import time
+
+import alerts
 import cascade
 import moves
+import permissions
 import tasks
 from auth import Caller, can, find, report_allowed, require
 from models import (
@@ -14,6 +18,7 @@ from models import (
     Forbidden,
     Invalid,
     Transaction,
+    bus,
     dumps,
     execute,
     insert_many,
@@ -47,11 +52,13 @@ def ask(
     urgency: str = "normal",
     target: str | None = None,
     attempt: int | None = None,
+    claim: str | None = None,
 ) -> tuple[dict, bool]:
     """Ask a person, or an orchestrator, about a task: (intervention row, made).
 
     The task waits as `needs_human` until all its questions are answered; the same question asked
     again while it is open is that one. target: a session of the project the question is meant for.
+    claim: made by a call that waits for the answer itself (see `collect`).
     Raises Invalid, Forbidden, IllegalMove, NotFound (target), Conflict (late, or too many open).
     """
     if not question.strip():
@@ -59,7 +66,9 @@ def ask(
     fields = {"kind": kind, "question": question, "context": context or None, "urgency": urgency}
 
     def then(tx, caller, task, _said):
-        return _ask(tx, caller, task, fields | {"target_session_id": _target(caller, task, target)})
+        meant_for = {"target_session_id": _target(caller, task, target)}
+        asked, made = _ask(tx, caller, task, fields | meant_for)
+        return (_claimed(caller, asked, claim, tx.now), made) if claim else (asked, made)
 
     said = {"intervention_type": kind, "question": question, "context": context}
     return tasks.report(caller, ref, "ask", dumps(said), attempt, then)
@@ -166,7 +175,7 @@ def answer(caller: Caller, ref: str, response: str) -> dict:
         )
         if answered:
             _pass_on(tx, caller, answered)
-            return answered
+            return _intervention(asked["id"])
     stands = _intervention(asked["id"])
     if (stands["response"], stands["ended_by"]) == (response, caller.actor):
         return stands
@@ -202,16 +211,156 @@ def _pass_on(tx: Transaction, caller: Caller, answered: dict) -> None:
         if began is None and task["asked_in"] == "assigned":
             began = tx.now  # who asked was at work, without having said so
         task = moves.do(tx, task, "answer", caller.actor, details, asked_in=None, started_at=began)
-    _command(
-        tx,
-        "intervention_response",
-        task,
-        {
-            "intervention_id": answered["id"],
-            "question": answered["question"],
-            "response": answered["response"],
-            "author": answered["ended_by"],
-        },
+    held = answered["claim"] and (answered["claim_until"] or 0) > tx.now
+    if held:
+        execute("UPDATE intervention SET delivery = 'held' WHERE id = ?", (answered["id"],))
+        tx.tell(f"answer:{answered['id']}")
+    else:
+        _send_answer(tx, task, answered)
+
+
+def _send_answer(tx: Transaction, task: dict, answered: dict) -> None:
+    """Have the answer typed into the worker's session."""
+    if not task["session_id"]:
+        return
+    execute("UPDATE intervention SET delivery = 'sent' WHERE id = ?", (answered["id"],))
+    said = {"intervention_id": answered["id"], "author": answered["ended_by"]}
+    said |= {name: answered[name] for name in ("question", "response")}
+    _command(tx, "intervention_response", task, said)
+
+
+CLAIM_S = 20.0  # a call that collects is given this long to call again
+
+
+def collect(caller: Caller, ref: str, claim: str, wait_s: float = 0) -> dict:
+    """Wait up to `wait_s` seconds for the answer; the intervention's row, perhaps still pending.
+
+    While the asking session calls this with its claim, an answer is kept for it and is not typed
+    into its terminal; anybody else just waits. Raises NotFound, and Conflict `delivered` when the
+    answer was typed already.
+    """
+    deadline = time.monotonic() + wait_s
+    asked = find("intervention", caller, ref)
+    with bus.subscribe(f"answer:{asked['id']}") as news:
+        while True:
+            row = _collect(caller, asked["id"], claim)
+            left = deadline - time.monotonic()
+            if row["status"] != "pending" or left <= 0:
+                return row
+            news.get(min(left, CLAIM_S / 2))
+
+
+def _collect(caller: Caller, intervention_id: str, claim: str) -> dict:
+    with transaction() as tx:
+        row = _intervention(intervention_id)
+        if caller.kind != "session" or row["session_id"] != caller.session_id:
+            return row
+        if row["status"] == "pending":
+            return _claimed(caller, row, claim, tx.now)
+        if row["status"] == "responded":
+            _take_answer(tx, row, claim)
+        return _intervention(intervention_id)
+
+
+def _claimed(caller: Caller, asked: dict, claim: str, now: float) -> dict:
+    """Only the asking session claims an answer: what is typed would reach it too."""
+    if caller.kind != "session" or asked["session_id"] != caller.session_id:
+        return asked
+    execute(
+        "UPDATE intervention SET claim = ?, claim_until = ? WHERE id = ? AND status = 'pending'",
+        (claim, now + CLAIM_S, asked["id"]),
+    )
+    return _intervention(asked["id"])
+
+
+def _take_answer(tx: Transaction, answered: dict, claim: str) -> None:
+    if answered["delivery"] == "returned" and answered["claim"] == claim:
+        return  # its answer was lost on the way
+    taken = execute(
+        "UPDATE intervention SET delivery = 'returned', claim = ?"
+        " WHERE id = ? AND delivery = 'held'",
+        (claim, answered["id"]),
+    )
+    if taken.rowcount != 1:
+        how = DELIVERED.get(answered["delivery"], "given to another call that waited for it")
+        raise Conflict(
+            f"The answer was {how}: it is not given twice. `intervention show` prints it.",
+            code="delivered",
+            delivery=answered["delivery"],
+        )
+
+
+DELIVERED = {
+    "sent": "sent into the session's terminal",
+    "typed": "typed into the session's terminal",
+    "unknown": "sent into the session's terminal, perhaps without arriving",
+    "failed": "sent into the session's terminal, but could not be typed",
+}
+
+
+def send_unclaimed(now: float) -> int:
+    """Answers that were kept for a call that does not come back are typed; how many."""
+    late = rows("SELECT * FROM intervention WHERE delivery = 'held' AND claim_until < ?", (now,))
+    for answered in late:
+        with transaction() as tx:
+            task = moves.row(answered["task_id"])
+            released = execute(
+                "UPDATE intervention SET delivery = NULL WHERE id = ? AND delivery = 'held'",
+                (answered["id"],),
+            )
+            if released.rowcount == 1 and task["session_id"] == answered["session_id"]:
+                _send_answer(tx, task, answered)
+    return len(late)
+
+
+def notice_stuck(now: float, patience_s: float) -> None:
+    """Open an alert for each running task without progress for too long, and end those of tasks
+    that go on. patience_s: for tasks without a `progress_timeout` of their own.
+
+    Signs of progress: what the session's server says of it, and every move of the task. A worker
+    that waits for an answer is not stuck, nor one at a usage limit: both are in the inbox already.
+    """
+    quiet = rows(
+        "SELECT t.*, s.name AS session_name, s.activity, MAX(t.updated_at,"
+        " COALESCE(s.progress_at, 0)) AS progressed FROM task t LEFT JOIN session s"
+        f" ON s.id = t.session_id WHERE t.{moves.HELD} AND t.status = 'running'"
+        " AND MAX(t.updated_at, COALESCE(s.progress_at, 0)) + COALESCE(t.progress_timeout, ?) < ?"
+        " AND COALESCE(s.activity, '') NOT LIKE 'blocked%' AND COALESCE(s.activity, '') <> 'quota'",
+        (patience_s, now),
+    )
+    known = {
+        a["task_id"]: a
+        for a in rows("SELECT * FROM alert WHERE kind = 'stuck' AND status = 'open'")
+    }
+    fresh = [task for task in quiet if task["id"] not in known]
+    over = set(known) - {task["id"] for task in quiet}
+    if not fresh and not over:
+        return
+    with transaction() as tx:
+        for task in fresh:
+            _begin_stuck(tx, task, now)
+        for task_id in over:
+            alerts.end(tx, known[task_id])
+
+
+def _begin_stuck(tx: Transaction, task: dict, now: float) -> None:
+    session = task["session_id"] and one(
+        "SELECT * FROM session WHERE id = ?", (task["session_id"],)
+    )
+    where = f" in session {session['name']} ({session['activity']})" if session else ""
+    minutes = max(1, round((now - task["progressed"]) / 60))
+    sentence = f"No progress for {minutes} min{where}: {task['title'][:300]}"
+    alerts.begin(
+        tx, "stuck", task["project_id"], sentence, session=session or None, task_id=task["id"]
+    )
+
+
+def delivered(tx: Transaction, session: dict, intervention_id: str, how: str, why) -> None:
+    """What became of an answer that was to be typed: typed, unknown or failed."""
+    execute(
+        "UPDATE intervention SET delivery = ?, delivery_why = ?"
+        " WHERE id = ? AND session_id = ? AND delivery = 'sent'",
+        (how, why, intervention_id, session["id"]),
     )
 
 
@@ -265,13 +414,19 @@ WAITING_MOST = 200
 
 
 def waiting(project_ids: list[str], task_id: str | None = None) -> list[dict]:
-    """What waits for a person, oldest first, at most 200 of each kind: interventions as the API
-    shows them and plans, each with its `kind` (question, help, approval, plan) and `since`."""
+    """What waits for a person, oldest first, at most 200 of each kind: interventions, permission
+    requests and alerts as the API shows them, and plans, each with its `kind` (question, help,
+    approval, plan, permission, stuck, quota, delivery, prompt) and `since`."""
     asked = _pending_of(project_ids, task_id)
     items = [
         one | {"kind": one["intervention_type"], "since": one["created_at"]}
         for one in interventions_json(asked)
     ]
+    items += [
+        asked | {"kind": "permission", "since": asked["asked_at"]}
+        for asked in permissions.waiting(project_ids, task_id)
+    ]
+    items += [alert | {"since": alert["at"]} for alert in alerts.waiting(project_ids, task_id)]
     return sorted(items + _plans_waiting(project_ids, task_id), key=lambda item: item["since"])
 
 
@@ -317,9 +472,11 @@ def count(project_ids: list[str]) -> int:
     found = one(
         f"SELECT (SELECT COUNT(*) FROM intervention WHERE project_id IN {among}"
         " AND status = 'pending') +"
+        f" (SELECT COUNT(*) FROM permission WHERE project_id IN {among} AND status = 'pending') +"
+        f" (SELECT COUNT(*) FROM alert WHERE project_id IN {among} AND status = 'open') +"
         f" (SELECT COUNT(*) FROM task WHERE project_id IN {among} AND status = 'plan_review')"
         " AS n",
-        [*project_ids, *project_ids],
+        project_ids * 4,
     )
     return found["n"]
 
@@ -367,6 +524,8 @@ def _intervention_json(row: dict, title: str, session: str | None) -> dict:
         "closed_by": row["ended_by"] if closed else None,
         "closed_at": iso(row["ended_at"]) if closed else None,
         "closed_why": row["closed_why"],
+        "delivery": row["delivery"],
+        "delivery_why": row["delivery_why"],
     }
 
 
@@ -586,6 +745,8 @@ def _add_note(tx: Transaction, caller: Caller, task: dict, content: str, urgent:
         "at": tx.now,
     }
     insert_many("note", tuple(note), [tuple(note.values())])
+    if _is_worker(caller, task):
+        execute("UPDATE session SET progress_at = ? WHERE id = ?", (tx.now, task["session_id"]))
     details = {
         "note_id": note["id"],
         "content": content[:EVENT_TEXT],

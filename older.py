@@ -495,6 +495,7 @@ def _line(command: list[str]) -> bytes:
 
 
 TOLD = dict.fromkeys(nudges.NUDGES, Daemon._notify) | {
+    "rules_changed": lambda _daemon, _frame: [{"type": "approval_rules_updated"}],
     "plan_approved": Daemon._plan_approved,
     "session_start": Daemon._start,
     "session_close": Daemon._close,

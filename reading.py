@@ -204,6 +204,11 @@ def timeline(caller: Caller, ref: str) -> list[dict]:
 def contracts(caller: Caller, ref: str) -> list[dict]:
     """What the task owes and has delivered: [{key, status, schema, description, data, …}]."""
     task = find("task", caller, ref)
+    return contracts_of(task)
+
+
+def contracts_of(task: dict) -> list[dict]:
+    """The same of a task's row."""
     return _contracts([task])[task["id"]]
 
 
@@ -413,6 +418,8 @@ def _one_json(task: dict, deps, produced, names, why) -> dict:
         "pipeline_id": task["pipeline_id"],
         "project_id": task["project_id"],
         "profile": task["profile"],
+        "model": task["model"],
+        "mode": task["mode"],
         "command": loads(task["command"]),
         "auto_assign": bool(task["auto_assign"]),
         "on_lost": task["on_lost"],

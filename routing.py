@@ -18,7 +18,9 @@ def wanted(task: dict) -> dict:
     requirements = _parsed(task["requirements"])
     if task["pinned_server"]:
         return {"server": task["pinned_server"], "repo": requirements.get("repo")}
-    return requirements
+    if task["profile"] in (None, "command") or task["pinned_session"]:
+        return requirements
+    return requirements | {"agents": [*requirements.get("agents", ()), task["profile"]]}
 
 
 @lru_cache(maxsize=4096)
@@ -39,6 +41,7 @@ def server_value(row: dict) -> dict:
         "busy": row["busy"],
         "manual": bool(row["manual"]) or row["protocol"] == 1,  # which starts no workers by itself
     }
+    value["agents"] = None if value["manual"] else list(_parsed(row["profiles"])) or None
     for kind in cascade.LISTS:
         value[kind] = declared[kind] if kind in declared else _parsed(row[kind])
     return value
@@ -221,6 +224,8 @@ def _session_for(tx: Transaction, task: dict, server: dict) -> str | None:
         name=worker_name(task),
         role="worker",
         profile=task["profile"],
+        model=task["model"],
+        mode=task["mode"],
         command=task["command"],
         repo=_parsed(task["requirements"]).get("repo"),
         created_by=HUB.actor,

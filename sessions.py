@@ -8,8 +8,10 @@ from base64 import b64decode
 from collections import OrderedDict
 from collections.abc import Iterator
 
+import alerts
 import cascade
 import moves
+import permissions
 import reading
 import routing
 from auth import HUB, Caller, find, require
@@ -82,6 +84,8 @@ def move(tx: Transaction, session: dict, verb: str, actor: str, **changes) -> di
     if goal in ("closed", "failed"):
         tx.tell("access")  # its key has died with it
         logs().ended(session["id"])
+        permissions.end_of_session(tx, after)
+        alerts.over(tx, session["id"], "stuck", "quota", "prompt")
     details = {"name": session["name"], "tmux": session["tmux_name"], "pid": after["pid"]}
     details |= {k: changes[k] for k in ("exit_code", "error", "reason") if k in changes}
     session_event(tx, after, EVENT_OF[verb], actor, details)
@@ -162,6 +166,9 @@ def _session_json(row: dict, server_name: str, titles: dict, start: int, end: in
         "attempt": row["attempt"],
         "role": row["role"],
         "profile": row["profile"],
+        "model": row["model"],
+        "mode": row["mode"],
+        "resumable": bool(row["conversation"]) and row["state"] not in cascade.SESSION_LIVE,
         "status": row["state"],
         "activity": row["activity"],
         "reason": row["reason"],
@@ -197,6 +204,8 @@ def open_session(caller: Caller, data: dict) -> tuple[dict, bool]:
     require(caller, "session.open", server["project_id"], "server")
     if server["revoked"]:
         raise Conflict(f"Server {server['name']!r} is revoked: choose another one.")
+    if data.get("resume"):
+        data = data | _conversation(caller, server, data["resume"])
     with transaction() as tx:
         task = _task_for(caller, server, data.get("task_id"))
         if task and (live := _live_session_of(task)):
@@ -211,6 +220,26 @@ def open_session(caller: Caller, data: dict) -> tuple[dict, bool]:
             moves.command(tx, server["id"], "session_start", session_id)
         session_event(tx, session, "session_requested", caller.actor, {"name": session["name"]})
     return session, True
+
+
+def _conversation(caller: Caller, server: dict, ref: str) -> dict:
+    """What a session takes over that goes on with the conversation of another. Raises Conflict."""
+    earlier = get_session(caller, ref)
+    if earlier["state"] in cascade.SESSION_LIVE:
+        raise Conflict(
+            f"Session {earlier['name']!r} is {earlier['state']}: its conversation goes on there."
+        )
+    if not earlier["conversation"]:
+        raise Conflict(
+            f"Session {earlier['name']!r} has no conversation that could be taken up again: start "
+            "a new one."
+        )
+    if earlier["server_id"] != server["id"]:
+        raise Conflict(
+            f"The conversation of {earlier['name']!r} lies on another server: resume it there."
+        )
+    kept = ("profile", "model", "mode", "repo", "conversation")
+    return {name: earlier[name] for name in kept} | {"working_dir": earlier["working_directory"]}
 
 
 def _refuse_crowd(server: dict) -> None:
@@ -255,6 +284,9 @@ def _new_session(tx, caller: Caller, server: dict, task: dict | None, data: dict
         name=name,
         role=role,
         profile=profile,
+        model=data.get("model") or (task or {}).get("model"),
+        mode=data.get("mode") or (task or {}).get("mode"),
+        resumes=data.get("conversation"),
         command=dumps(data["command"]) if data.get("command") else (task or {}).get("command"),
         working_directory=data.get("working_dir"),
         repo=loads(task["requirements"]).get("repo") if task else data.get("repo"),
@@ -338,6 +370,22 @@ def resize(caller: Caller, ref: str, cols: int, lines: int) -> dict:
         tx.tell(f"session:{session['id']}")
     logs().resized(session["id"], cols, lines, (session["cols"], session["rows"]))
     return one("SELECT * FROM session WHERE id = ?", (session["id"],))
+
+
+def explain(caller: Caller, ref: str) -> dict:
+    """What a session is doing, which signal says so, and what each source of signals said last."""
+    session = get_session(caller, ref)
+    require(caller, "read", session["project_id"], "session")
+    return {
+        "session_id": session["id"],
+        "name": session["name"],
+        "activity": session["activity"],
+        "reason": session["reason"],
+        "signal": session["signal"],
+        "since": iso(session["activity_at"]),
+        "progress": iso(session["progress_at"]),
+        "signals": loads(session["signals"]),
+    }
 
 
 def ask_scrollback(caller: Caller, ref: str) -> None:

@@ -601,6 +601,9 @@ def _sync(caller: Caller, frame: dict) -> list[dict]:
     answer = wire.sync(caller, frame)
     if frame.get("profiles_etag") != profiles.etag:
         answer |= {"profiles": profiles.texts, "profiles_etag": profiles.etag}
+    kept = wire.rules_of(caller.server_id)
+    if frame.get("rules_etag") != kept["etag"]:
+        answer["rules"] = kept
     return [answer]
 
 

@@ -177,6 +177,8 @@ def _insert(tx: Transaction, caller: Caller, project: dict, data: dict) -> dict:
         "requirements": dumps(requirements),
         "require_plan": int(bool(data.get("require_plan"))),
         "profile": data.get("profile") or project["profile"],
+        "model": data.get("model"),
+        "mode": data.get("mode"),
         "command": dumps(data["command"]) if data.get("command") else None,
         "auto_assign": int(bool(data.get("auto_assign"))),
         "on_lost": data.get("on_lost") or "retry",
@@ -984,13 +986,15 @@ def _open_downstream(task_id: str) -> list[dict]:
 
 
 # What null empties; elsewhere it means "not given".
-CLEARABLE = ("target_repo", "target_branch", "structured_spec", "command", *CLOCKS)
+CLEARABLE = ("target_repo", "target_branch", "structured_spec", "command", "model", "mode", *CLOCKS)
 PLAIN_FIELDS = (
     "title",
     "spec",
     "type",
     "target_branch",
     "profile",
+    "model",
+    "mode",
     "on_lost",
     "max_attempts",
     "retry_delay_s",

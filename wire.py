@@ -10,13 +10,19 @@ from base64 import b64decode
 from datetime import datetime
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
+import alerts
 import auth
 import cascade
+import inbox
 import logs
 import moves
+import permissions
+import prompts
 import reading
 import routing
+import rules
 import servers
 import sessions
 import tasks
@@ -29,6 +35,7 @@ from models import (
     Server,
     Transaction,
     bus,
+    dumps,
     execute,
     in_chunks,
     iso,
@@ -41,12 +48,14 @@ from models import (
 log = logging.getLogger("orchestratia.wire")
 
 
+ENGINE = Path(rules.__file__).read_text()
 POLL_SILENCE_S = 40.0
 RESEND_S = 10.0
 COMMANDS_AT_ONCE = 200
 BLOCK_MOST = 64 * 1024
 BIGGEST_S = 10**9  # a block's bytes were printed within so many seconds
 WHY_MOST = 500
+SIGNALS_MOST = 20_000  # characters of what the sources of signals said
 SESSIONS_MOST = 1000  # one server may name at once
 
 
@@ -150,11 +159,20 @@ def _start_fields(session: dict) -> dict:
         "rows": session["rows"],
         "profile": session["profile"],
         "command": loads(session["command"]),
-        "prompt": None,
+        "prompt": prompts.of_session(session),
+        "resume": session["resumes"],
+        **_options(session),
         "env": {},
         "task_id": session["task_id"],
         "attempt": session["attempt"],
     }
+
+
+def _options(session: dict) -> dict:
+    """{model, mode} a coding agent is started with: its own, else those of its project."""
+    project = one("SELECT settings FROM project WHERE id = ?", (session["project_id"],))
+    usual = loads(project["settings"])
+    return {name: session[name] or usual.get(name) for name in ("model", "mode")}
 
 
 def _compose_plain(row: dict) -> dict:
@@ -180,7 +198,28 @@ def _compose_question(row: dict) -> dict | None:
     return frame if asked and asked["status"] == "pending" else None
 
 
+def _compose_decision(row: dict) -> dict | None:
+    frame = _compose_plain(row)
+    asked = one("SELECT delivery FROM permission WHERE id = ?", (frame["request_id"],))
+    return frame if asked and asked["delivery"] == "sent" else None
+
+
+def _compose_rules(row: dict) -> dict:
+    return {"rules": rules_of(row["server_id"])}
+
+
+def rules_of(server_id: str) -> dict:
+    """The rules an agent keeps for when the hub is away, with the engine that reads them: {etag,
+    engine, rules}. The engine comes along so that a rule means the same everywhere."""
+    server = one("SELECT * FROM server WHERE id = ?", (server_id,))
+    copy = {"engine": ENGINE, "rules": permissions.rules_of_server(server)}
+    copy["origin"] = {"project_id": server["project_id"], "server_id": server_id}
+    return copy | {"etag": auth.digest(dumps(copy))[:16]}
+
+
 COMPOSE = {
+    "permission_answer": _compose_decision,
+    "rules_changed": _compose_rules,
     "task_assigned": _compose_assigned,
     "session_start": _compose_start,
     "session_close": _compose_plain,
@@ -456,7 +495,14 @@ def _session_started(tx, caller: Caller, frame: dict) -> None:
         working_directory=frame.get("working_directory") or session["working_directory"],
         started_at=session["started_at"] or tx.now,
         terminal=_terminal_of(frame, session),
+        conversation=_conversation_of(frame),
     )
+
+
+def _conversation_of(frame: dict) -> str | None:
+    """The id by which a coding agent can take up its conversation again."""
+    given = frame.get("conversation")
+    return str(given)[:200] if given else None
 
 
 TERMINALS = ("tmux", "pty")
@@ -535,19 +581,97 @@ def _log_taken(caller: Caller, frame: dict) -> bool:
         return True
 
 
+def _permission_requested(tx, caller: Caller, frame: dict) -> None:
+    permissions.requested(tx, caller, _own_session(caller, frame), frame)
+
+
+def _permission_ended(tx, caller: Caller, frame: dict) -> None:
+    permissions.answered_there(tx, frame, _own_session(caller, frame))
+
+
+# What an agent says of something it was to type or press: (what that is called here, alert?).
+DELIVERIES = {
+    "delivered": ("delivered", False),
+    "typed": ("typed", False),
+    "delivery_unknown": ("unknown", True),
+    "not_delivered": ("failed", True),
+}
+
+
+def _agent_event(tx, caller: Caller, frame: dict) -> None:
+    """What became of a command that a session was to be told of."""
+    if frame.get("kind") not in DELIVERIES or not frame.get("session_id"):
+        return
+    session = _own_session(caller, frame)
+    how, is_alert = DELIVERIES[frame["kind"]]
+    why = str(frame.get("why") or "")[:WHY_MOST] or None
+    if frame.get("request_id"):
+        permissions.delivered(tx, session, str(frame["request_id"]), how, why)
+    if frame.get("intervention_id"):
+        inbox.delivered(tx, session, str(frame["intervention_id"]), how, why)
+    if is_alert:
+        what = COMMAND_WORDS.get(frame.get("command"), "A message")
+        about = str(frame.get("command_id") or "")
+        sentence = f"{what} {DELIVERY_WORDS[how]} session {session['name']}: {why}."
+        alerts.begin(tx, "delivery", session["project_id"], sentence, session=session, about=about)
+
+
+COMMAND_WORDS = {
+    "intervention_response": "The answer to a question",
+    "permission_answer": "The answer to a permission request",
+    "plan_approved": "The approval of a plan",
+    "plan_revision": "What should be different in a plan",
+    "task_note": "A note",
+    "task_updated": "Word of a changed task",
+    "task_assigned": "Word of a new task",
+    "task_status_update": "News of a task",
+}
+DELIVERY_WORDS = {
+    "unknown": "may or may not have reached",
+    "failed": "did not reach",
+}
+
 ACTIVITIES = ("working", "idle", "waiting_input", "error", "quota", "no_signal")
 BLOCKED = tuple(f"blocked:{what}" for what in ("permission", "question", "plan", "trust"))
 
 
 def _session_activity(tx, caller: Caller, frame: dict) -> None:
     session = _own_session(caller, frame)
-    if frame.get("state") in ACTIVITIES + BLOCKED:
-        execute(
-            "UPDATE session SET activity = ?, reason = ? WHERE id = ?",
-            (frame["state"], frame.get("reason"), session["id"]),
-        )
-        tx.tell(f"session:{session['id']}")
-        tx.tell("glimpses", Glimpse(session["project_id"], session["id"]))
+    state, reason = frame.get("state"), frame.get("reason")
+    if state not in ACTIVITIES + BLOCKED:
+        return
+    reason = reason and str(reason)[:WHY_MOST]
+    execute(
+        "UPDATE session SET activity = ?, reason = ?, signal = ?, signals = ?, activity_at = ?,"
+        " progress_at = ? WHERE id = ?",
+        (
+            state,
+            reason,
+            str(frame.get("signal") or "")[:200] or None,
+            _signals(frame.get("signals")),
+            _moment(frame.get("since"), tx.now),
+            _moment(frame.get("progress"), tx.now),
+            session["id"],
+        ),
+    )
+    if session["activity"] == "quota" != state:
+        alerts.over(tx, session["id"], "quota", actor=caller.actor)
+    if state == "quota" != session["activity"]:
+        sentence = f"{session['name']} stands at a usage limit: {reason or 'no reason given'}."
+        alerts.begin(tx, "quota", session["project_id"], sentence, session=session)
+    tx.tell(f"session:{session['id']}")
+    tx.tell("glimpses", Glimpse(session["project_id"], session["id"]))
+
+
+def _signals(given) -> str:
+    """What each source of signals said last, as it is stored; nothing when it makes no sense."""
+    written = dumps(given) if isinstance(given, list) else "[]"
+    return written if len(written) <= SIGNALS_MOST else "[]"
+
+
+def _moment(given, now: float) -> float:
+    """A time an agent gives, in seconds since 1970, never in the future."""
+    return min(float(given), now) if isinstance(given, (int, float)) else now
 
 
 def _task_report(_tx, caller: Caller, frame: dict) -> None:
@@ -588,6 +712,9 @@ SPOOLED = {
     "session_recovered": _session_recovered,
     "session_closed": _session_closed,
     "session_activity": _session_activity,
+    "permission_requested": _permission_requested,
+    "permission_ended": _permission_ended,
+    "agent_event": _agent_event,
     "session_gap": _session_gap,
     "task_report": _task_report,
 }
@@ -667,6 +794,14 @@ def _scrollback_captured(caller: Caller, frame: dict) -> None:
     terminals.streams.scrollback(caller.server_id, frame)
 
 
+def _capabilities(caller: Caller, frame: dict) -> None:
+    """The server can do something else than it said when it connected."""
+    with transaction() as tx:
+        server = one("SELECT * FROM server WHERE id = ?", (caller.server_id,))
+        _update_capabilities(server, frame["capabilities"], server["instance"])
+        routing.place_waiting(tx, one("SELECT * FROM server WHERE id = ?", (server["id"],)))
+
+
 def _heartbeat(caller: Caller, frame: dict) -> None:
     info = frame.get("system_info")
     servers.heartbeat(caller, info if isinstance(info, dict) else None)
@@ -686,4 +821,5 @@ PASSING = {
     "session_log": _session_log,
     "session_screen": _session_screen,
     "session_typed": _session_typed,
+    "capabilities": _capabilities,
 }

@@ -1476,6 +1476,7 @@ def an_intervention(**fields):
 def asking(hub):
     """A hub where a question was asked, and is answered once its state is changed."""
     asked = an_intervention()
+    hub.on("POST", f"interventions/{asked['id']}/collect", lambda *_: (200, asked))
     hub.on("POST", "tasks/4f2a/help", lambda *_: (201, asked))
     hub.on("GET", "interventions/77aa", lambda *_: (200, asked))
     hub.on("GET", f"interventions/{asked['id']}", lambda *_: (200, asked))
@@ -1495,8 +1496,26 @@ def test_waiting_for_an_answer_prints_the_answer_alone(hub, run, asking, args):
     result = run(*args)
     assert (result.exit_code, result.stdout) == (0, "Use JWT\nwith refresh\n")
     assert hub.requests[0]["path"] == "events/stream"  # before it asks
+    claims = [r["body"]["claim"] for r in hub.requests if (r["body"] or {}).get("claim")]
+    collecting = [r["body"] for r in hub.requests if r["path"].endswith("/collect")]
+    assert collecting and all(body == {"claim": claims[0], "wait": 0} for body in collecting)
+    assert len(claims) == len(collecting) + (args == HELP)  # it comes with the question
     hub.streams([])
     assert json.loads(run(*args, "--json").stdout) == asking
+    assert hub.requests[-1]["body"]["claim"] != claims[0]
+
+
+def test_the_claim_to_an_answer_is_kept_alive(hub, run, asking, monkeypatch):
+    monkeypatch.setattr(cli, "COLLECT_S", 0.001)
+    calls = []
+
+    def collect(request, handler):
+        calls.append(request)
+        return 200, asking | ({"status": "responded", "response": "x"} if len(calls) > 5 else {})
+
+    hub.on("POST", f"interventions/{asking['id']}/collect", collect)
+    hub.streams([])
+    assert run(*HELP).stdout == "x\n"
 
 
 def test_waiting_for_an_answer_ends_when_time_is_up_and_says_how_to_go_on(hub, run, asking):
@@ -1524,6 +1543,14 @@ def test_waiting_survives_the_loss_of_the_hub(hub, run, asking):
     hub.streams([frame(7, "task_note_added")], [answered])
     result = run(*HELP)
     assert (result.exit_code, result.stdout) == (0, "yes\n")
+
+
+def test_an_answer_that_was_typed_already_is_not_given_twice(hub, run, asking):
+    gone = {"detail": "The answer was typed.", "code": "delivered", "fields": {}}
+    hub.on("POST", f"interventions/{asking['id']}/collect", gone, 409)
+    hub.streams([])
+    result = run("intervention", "show", "77aa", "--wait", "--json")
+    assert result.exit_code == 1 and json.loads(result.stdout)["code"] == "delivered"
 
 
 @pytest.mark.parametrize(

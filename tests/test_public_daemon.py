@@ -20,6 +20,7 @@ import models
 import moves
 import nudges
 import older
+import permissions
 import servers
 import sessions
 import sockets
@@ -98,7 +99,7 @@ class Daemon:
         assert self.dial() == {"type": "auth_ok"}
         self.say(*announced)
         assert self.ask("GET", "/api/v1/server/access-grants").json() == []
-        assert self.ask("GET", "/api/v1/server/approval-rules").json() == []
+        assert isinstance(self.ask("GET", "/api/v1/server/approval-rules").json(), list)
         return self
 
     def say(self, *frames: dict) -> None:
@@ -322,13 +323,34 @@ def test_a_heartbeat_is_answered_and_kept(world, daemon):
         assert daemon.ask("POST", "/api/v1/servers/heartbeat", odd).ok
 
 
-@pytest.mark.parametrize(
-    "path", ["files/pending", "files/pulls/pending", "access-grants", "approval-rules"]
-)
+@pytest.mark.parametrize("path", ["files/pending", "files/pulls/pending", "access-grants"])
 def test_what_it_polls_is_a_bare_empty_array(daemon, path):
     answer = daemon.ask("GET", f"/api/v1/server/{path}")
     assert (answer.status_code, answer.json()) == (200, [])
     assert answer.headers["Content-Type"].startswith("application/json")
+
+
+def test_rules_are_a_bare_array_as_its_hooks_read_them(world, daemon):
+    answer = daemon.ask("GET", "/api/v1/server/approval-rules")
+    assert (answer.status_code, type(answer.json())) == (200, list)
+    project = world.project("shop")["id"]
+    made = permissions.add_rule(
+        HUB, {"project_id": project, "tool": "Bash", "pattern": "make clean", "action": "deny"}
+    )
+    daemon.told("approval_rules_updated")
+    said = daemon.ask("GET", "/api/v1/server/approval-rules").json()
+    [rule] = [r for r in said if r["id"] == made["id"]]
+    assert rule == {
+        "id": made["id"],
+        "name": "Bash make clean",
+        "is_active": True,
+        "tool_pattern": "Bash",
+        "param_pattern": "make clean",
+        "scope_type": "project",
+        "scope_id": project,
+        "agent_filter": "all",
+        "action": "deny",
+    }
 
 
 def test_its_permission_log_is_answered_with_exactly_201(daemon):

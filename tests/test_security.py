@@ -3,12 +3,15 @@
 import re
 import threading
 import time
+import uuid
 
 import pytest
 
+import alerts
 import auth
 import inbox
 import models
+import permissions
 import servers
 import sessions
 import tasks
@@ -93,6 +96,20 @@ ROUTES = {
     "GET interventions": SIGNED_IN,
     "GET interventions/<ref>": SIGNED_IN,
     "POST interventions/<ref>/respond": DECIDING,
+    "POST interventions/<ref>/collect": SIGNED_IN,
+    "GET permissions": SIGNED_IN,
+    "GET permissions/<ref>": SIGNED_IN,
+    "POST permissions/<ref>/decide": OPERATORS,
+    "GET sessions/<ref>/grants": SIGNED_IN,
+    "GET sessions/<ref>/explain": SIGNED_IN,
+    "DELETE grants/<ref>": OPERATORS,
+    "GET rules": SIGNED_IN,
+    "POST rules": ADMINS,
+    "PATCH rules/<ref>": ADMINS,
+    "DELETE rules/<ref>": ADMINS,
+    "POST rules/test": SIGNED_IN,
+    "GET alerts": SIGNED_IN,
+    "POST alerts/<ref>/dismiss": OPERATORS,
     "GET status": SIGNED_IN,
     "POST pipelines": TASK_WORK,
     "GET pipelines": SIGNED_IN,
@@ -143,10 +160,16 @@ BODIES = {
     "POST sessions": {"server_id": "{servers}"},
     "POST sessions/<ref>/input": {"data": "YQ=="},
     "POST sessions/<ref>/resize": {"cols": 80, "rows": 25},
+    "POST interventions/<ref>/collect": {"claim": "11111111-1111-4111-8111-111111111111"},
+    "POST permissions/<ref>/decide": {"decision": "allow"},
+    "POST rules": {"action": "deny", "project_id": "{project}"},
+    "PATCH rules/<ref>": {"note": "new"},
+    "POST rules/test": {"command": "ls", "project_id": "{project}"},
 }
 QUERIES = {
     f"GET {what}"
     for what in ("servers", "tasks", "pipelines", "sessions", "events", "interventions")
+    + ("permissions", "rules", "alerts")
 }
 
 
@@ -212,6 +235,9 @@ class Scene:
         row = world.project(project)
         items = [{"id": "a", "title": "a"}]
         pipeline = tasks.create_pipeline(HUB, row, f"p-{project}", items)
+        made |= self._asked(world.key(f"dev-{project}"), worker)
+        rule = {"project_id": row["id"], "action": "ask", "tool": "X"}
+        made["rules"] = permissions.add_rule(HUB, rule)["id"]
         return made | {
             "project": row["id"],
             "projects": row["id"],
@@ -224,6 +250,22 @@ class Scene:
             "pipelines": pipeline["id"],
             "users": "victim",
             "key": "k",
+        }
+
+    def _asked(self, key: auth.Caller, session_id: str) -> dict:
+        """A permission that is asked for, one that was granted, and an alert."""
+        session = sessions.get_session(HUB, session_id)
+        asked = [str(uuid.uuid4()) for _ in range(2)]
+        with models.transaction() as tx:
+            for n, request_id in enumerate(asked):
+                frame = {"request_id": request_id, "tool": "Bash", "input": {"command": f"x{n}"}}
+                permissions.requested(tx, key, session, frame)
+            alerts.begin(tx, "stuck", session["project_id"], "stuck", session=session)
+        permissions.decide(HUB, asked[0], "allow", scope="session")
+        return {
+            "permissions": asked[1],
+            "grants": permissions.grants_of(session_id)[0]["id"],
+            "alerts": alerts.waiting([session["project_id"]])[0]["id"],
         }
 
     def ask(self, caller: str, name: str, rule: str, project: str) -> int:
