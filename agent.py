@@ -30,6 +30,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -2650,8 +2651,10 @@ def parse_profiles(texts):
         except yaml.YAMLError as error:
             log.error("profile %s is left out: %s", printable(name), printable(error))
             continue
-        if isinstance(profile, dict):
-            profiles[name] = profile
+        try:
+            profiles[name] = check_profile(profile)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            log.error("profile %s is left out: %s", printable(name), printable(error))
     return profiles
 
 
@@ -2858,33 +2861,402 @@ def signal_process(pid, number):
         os.kill(pid, number)
 
 
-# >>> activity
+# ---------------------------------------------------------------------------- the reducer
+
+
+# What a program does is read from signals in this order of trust: what its hooks say, its title,
+# its screen. Silence never means that it has finished. All of it is data of the profile:
+#   hooks    [{event, state, by_tool, by_type, settles, backup, request, guards, ignore, expected}]
+#   titles   [{state, regex}]                              the first that fits
+#   screens  [{id, state, last, below, all, any, none, dialog}]     the first that fits
+#   keys     {allow | session | always | deny: [{label, press, when}]}
+
+SILENT_STOP_S = 20  # a hook said it works, the screen shows an empty prompt: it has stopped
+HOOKS_EXPECTED_S = 60  # after the start; then it is said that they are silent
+EDGE = re.compile(r"^[\s│┃|╭╰╮╯─━┌└┐┘]+|[\s│┃|╮╯┐┘─━]+$")
+OPTION = r"^\W{0,4}(\d+)[.)]\s+(.*?)\s*$"
+
+# For programs that no profile tells anything of: they ask something, which is safe to answer.
+GENERIC_SCREENS = (
+    {
+        "id": "asks",
+        "state": "waiting_input",
+        "last": 3,
+        "any": [
+            r"(?i)[\[(]y(?:es)?/n(?:o)?[\])]\W*$",
+            r"(?i)\b(?:password|passphrase)[^\n]*:\s*$",
+            r"(?i)press (?:any key|enter) to continue\W*$",
+        ],
+    },
+)
+
+
 def start_state(at):
-    return {"activity": "no_signal", "reason": "nothing was seen yet", "signal": "", "since": at}
+    """The state before any signal. A state is a dict that JSON can hold, and is never changed:
+    {activity, reason, signal, since, began, heard, blocked, stopped, looks}."""
+    return {
+        "activity": "no_signal",
+        "reason": "nothing was seen yet",
+        "signal": "start",
+        "since": at,
+        "began": at,
+        "heard": {},  # {source: [what it said, when]}
+        "blocked": None,  # {tool, tool_use_id} of the dialog a hook has announced
+        "stopped": False,  # its turn is over, and nothing new was asked of it
+        "looks": ["", 0],  # what the screen showed, at how many looks running
+    }
 
 
 def reduce(profile, state, signal):
-    return state
+    """The state after a signal: {kind, at, …}. Pure: the same always gives the same.
+
+    kinds: hook {event, payload}, title {title}, screen {lines}, typed {by: terminal | hub},
+    decided {tool_use_id}, tick. at: seconds since the epoch."""
+    return REDUCERS[signal["kind"]](profile, state, signal)
 
 
-def explain(profile, state, now):
-    return []
+def _now(state, activity, reason, signal, at, **more):
+    """The state with another activity; `since` stays while only the reason is another."""
+    since = state["since"] if activity == state["activity"] else at
+    changed = {"activity": activity, "reason": reason, "signal": signal, "since": since}
+    return {**state, **changed, **more}
 
 
-def read_screen(profile, lines):
-    return None
+def _heard(state, source, says, at):
+    return {**state, "heard": {**state["heard"], source: [says, at]}}
 
 
-def keys_for(profile, lines, answer):
-    return None
-
-
-# <<< activity
+def is_blocked(state):
+    return state["activity"].startswith("blocked")
 
 
 def hook_of(profile, event):
     """What an event means, {} for one that the profile does not know."""
     return next((hook for hook in profile.get("hooks") or () if hook["event"] == event), {})
+
+
+def _by_hook(profile, state, signal):
+    event, payload, at = signal["event"], signal.get("payload") or {}, signal["at"]
+    hook = hook_of(profile, event)
+    tool = payload.get("tool_name")
+    state = _heard(state, f"hook {event}", tool or payload.get("notification_type") or "", at)
+    said = _said_by(hook, payload)
+    name = f"hook {event}"
+    if said is None or payload.get(hook.get("field", "reason")) in hook.get("ignore", ()):
+        return state
+    if hook.get("backup"):
+        return _by_notification(state, said, payload, name, at)
+    if said.startswith("blocked"):
+        blocked = {"tool": tool, "tool_use_id": payload.get("tool_use_id")}
+        reason = f"{tool or 'it'} waits for an answer"
+        return _now(state, said, reason, name, at, blocked=blocked, stopped=False)
+    if is_blocked(state) and not _settles(hook, state, payload):
+        return state  # another tool beside the one that waits
+    if state["stopped"] and hook.get("settles") == "tool":
+        return state  # it comes late: what follows a turn begins with a prompt
+    if hook.get("settles") == "all" and said != "working":
+        return _now(state, said, _why_stopped(said, payload), name, at, blocked=None, stopped=True)
+    reason = f"uses {tool}" if tool else "works on what it was told"
+    return _now(state, said, reason, name, at, blocked=None, stopped=False)
+
+
+def _said_by(hook, payload):
+    """The activity a hook speaks of, None for none."""
+    by_tool, by_type = hook.get("by_tool") or {}, hook.get("by_type") or {}
+    if by_type:
+        return by_type.get(payload.get("notification_type"), hook.get("state"))
+    return by_tool.get(payload.get("tool_name"), hook.get("state"))
+
+
+def _settles(hook, state, payload):
+    """Whether a hook shows that the dialog was answered: its own tool has run, or the turn is
+    over. What sub-agents do beside it shows nothing."""
+    if payload.get("agent_id"):
+        return False
+    if hook.get("settles") != "tool":
+        return hook.get("settles") == "all"
+    blocked = state["blocked"] or {}
+    if blocked.get("tool_use_id") and payload.get("tool_use_id"):
+        return blocked["tool_use_id"] == payload["tool_use_id"]
+    return blocked.get("tool") in (None, payload.get("tool_name"))
+
+
+def _why_stopped(said, payload):
+    left = [*(payload.get("background_tasks") or ()), *(payload.get("session_crons") or ())]
+    if left:
+        return f"its turn is over, {len(left)} in the background go on"
+    if said in ("error", "quota"):
+        return printable(payload.get("error") or payload.get("message") or "it has failed", 300)
+    return "its turn is over"
+
+
+def _by_notification(state, said, payload, name, at):
+    """Notices come late, or twice: none may raise a dialog after the turn was over, and none
+    knows more than a hook that was there before."""
+    if said == "idle":
+        reason = "it waits for the next prompt"
+        return state if is_blocked(state) else _now(state, said, reason, name, at, stopped=True)
+    if state["stopped"] or is_blocked(state):
+        return state
+    reason = printable(payload.get("message") or "it asks for attention", 300)
+    return _now(state, said, reason, name, at)
+
+
+def _has_hooks(state):
+    return any(source.startswith("hook ") for source in state["heard"])
+
+
+def read_title(profile, title):
+    """{rule, state} of a terminal's title, None if it says nothing."""
+    for rule in profile.get("titles") or ():
+        if re.search(rule["regex"], title):
+            return {"rule": rule.get("id") or rule["state"], "state": rule["state"]}
+
+
+def _by_title(profile, state, signal):
+    read, at = read_title(profile, signal["title"]), signal["at"]
+    if read is None:
+        return state
+    state = _heard(state, "title", read["state"], at)
+    name, said = f"title {read['rule']}", read["state"]
+    if _has_hooks(state) or said == state["activity"]:
+        return state
+    if said == "idle" and is_blocked(state) and not state["signal"].startswith("title"):
+        return state
+    return _now(state, said, f"its title says so: {printable(signal['title'], 80)}", name, at)
+
+
+def _by_screen(profile, state, signal):
+    read, at = read_screen(profile, signal["lines"]) or {}, signal["at"]
+    said = read.get("state") or ""
+    before, count = state["looks"]
+    looks = [said, count + 1 if said == before else 1]
+    state = _heard({**state, "looks": looks}, "screen", said or "nothing it knows", at)
+    if looks[1] < 2:
+        return state  # two looks must agree
+    name = f"screen {read.get('rule')}"
+    if said.startswith("blocked"):
+        return _shows_dialog(state, said, read, name, at)
+    if is_blocked(state):
+        return _shows_none(state, said, name, at)
+    if said in ("quota", "error"):
+        return _now(state, said, _banner(read), name, at)
+    return _shows_work(state, said, name, at)
+
+
+def _shows_dialog(state, said, read, name, at):
+    if is_blocked(state):
+        return state
+    subject = printable((read.get("dialog") or {}).get("subject") or "", 200)
+    return _now(state, said, subject or "a dialog is on its screen", name, at, stopped=False)
+
+
+def _shows_none(state, said, name, at):
+    """The dialog is gone: somebody has answered it at the terminal, of which no hook tells."""
+    if said not in ("working", "idle") and not state["signal"].startswith("screen"):
+        return state
+    if state["signal"].startswith("title"):
+        return state
+    reason = "the dialog is not on its screen any more"
+    return _now(
+        state, said if said in ("idle", "working") else "working", reason, name, at, blocked=None
+    )
+
+
+def _banner(read):
+    return printable((read.get("dialog") or {}).get("text") or read.get("text") or "", 300)
+
+
+def _shows_work(state, said, name, at):
+    by_hook = state["signal"].startswith("hook") and state["activity"] == "working"
+    if by_hook and said == "idle" and at - state["since"] > SILENT_STOP_S:
+        return _now(state, "idle", "its prompt is empty; no hook has said so", name, at)
+    if _has_hooks(state) or "title" in state["heard"] or not said or said == state["activity"]:
+        return state
+    return _now(state, said, "its screen shows it", name, at)
+
+
+def _by_typing(_profile, state, signal):
+    """A key pressed at the terminal may be the answer: no hook fires then. If it was not, the
+    dialog is still on the screen at the next looks."""
+    if signal["by"] != "terminal" or not is_blocked(state):
+        return state
+    reason = "keys were pressed in its terminal"
+    looks = ["", 0]
+    return _now(state, "working", reason, "keys", signal["at"], blocked=None, looks=looks)
+
+
+def _by_decision(_profile, state, signal):
+    if not is_blocked(state):
+        return state
+    return _now(state, "working", "it was answered", "answer", signal["at"], blocked=None)
+
+
+def _by_time(profile, state, signal):
+    if profile.get("completes_on_exit") and not profile.get("screens"):
+        return _now(state, "working", "the program runs", "process", signal["at"])
+    if state["activity"] != "no_signal":
+        return state
+    if not (profile.get("hooks") or profile.get("titles") or profile.get("screens")):
+        return {**state, "reason": "nothing tells what this program does"}
+    if signal["at"] - state["began"] > HOOKS_EXPECTED_S and profile.get("hooks"):
+        return {**state, "reason": "its hooks should have spoken by now and have not"}
+    return state
+
+
+REDUCERS = {
+    "hook": _by_hook,
+    "title": _by_title,
+    "screen": _by_screen,
+    "typed": _by_typing,
+    "decided": _by_decision,
+    "tick": _by_time,
+}
+
+
+def explain(profile, state, now):
+    """What each source of signals said last: [{name, says, at, silent, decided}]. silent: it is
+    expected to speak and never has."""
+    hooks = [f"hook {hook['event']}" for hook in profile.get("hooks") or ()]
+    expected = {f"hook {h['event']}" for h in profile.get("hooks") or () if h.get("expected")}
+    if profile.get("titles"):
+        expected.add("title")
+    if profile.get("screens"):
+        expected.add("screen")
+    told = []
+    for name in dict.fromkeys([*hooks, *sorted(expected), *state["heard"]]):
+        says, at = state["heard"].get(name, (None, None))
+        decided = state["signal"].split(" ")[0] == name or state["signal"] == name
+        told.append({"name": name, "says": says, "at": at, "decided": decided})
+        told[-1]["silent"] = at is None and name in expected
+    return told
+
+
+def read_screen(profile, lines):
+    """{rule, state, text, dialog} of the first screen rule that fits, None if none does. dialog:
+    {kind, tool, subject, text, options: [{key, label}], fingerprint}."""
+    screens = profile.get("screens")
+    for rule in GENERIC_SCREENS if screens is None else screens:
+        shown = _region(rule, lines)
+        text = "\n".join(shown)
+        if _fits_screen(rule, text):
+            dialog = _dialog(rule, shown) if rule.get("dialog") is not None else None
+            found = _first(rule.get("says"), text)
+            state = {"rule": rule["id"], "state": rule["state"], "dialog": dialog}
+            return {**state, "text": found or (shown[-1] if shown else "")}
+
+
+def _region(rule, lines):
+    """The lines a rule looks at: the last that are not empty, without frames; `below` only those
+    under the last line that fits it."""
+    shown = [EDGE.sub("", line) for line in lines]
+    if rule.get("below"):
+        marks = [n for n, line in enumerate(lines) if re.search(rule["below"], line)]
+        shown = shown[marks[-1] + 1 :] if marks else shown
+    return [line for line in shown if line.strip()][-rule.get("last", 12) :]
+
+
+def _fits_screen(rule, text):
+    def has(pattern):
+        return re.search(pattern, text, re.M) is not None
+
+    wanted = all(has(p) for p in rule.get("all") or ())
+    either = not rule.get("any") or any(has(p) for p in rule["any"])
+    return wanted and either and not any(has(p) for p in rule.get("none") or ())
+
+
+def _first(patterns, text):
+    """The group of the first pattern that fits."""
+    for pattern in patterns or ():
+        if found := re.search(pattern, text, re.M | re.S):
+            return found[1].strip()
+    return ""
+
+
+def _dialog(rule, shown):
+    text, said = "\n".join(shown), rule["dialog"]
+    kind = rule["state"].partition(":")[2]
+    found = [re.search(said.get("option", OPTION), line) for line in shown]
+    options = [{"key": m[1], "label": m[2]} for m in found if m]
+    subject = _first(said.get("subject"), text) or text
+    tool = next(
+        (t["tool"] for t in said.get("tools") or () if re.search(t["regex"], text, re.M)), None
+    )
+    mark = json.dumps([kind, subject, [option["label"] for option in options]])
+    return {
+        "kind": kind,
+        "tool": tool,
+        "subject": subject,
+        "text": text,
+        "options": options,
+        "fingerprint": hashlib.sha256(mark.encode()).hexdigest()[:16],
+    }
+
+
+def keys_for(profile, lines, answer):
+    """The bytes that give `answer` (allow, session, always or deny) to the dialog on the screen,
+    by what its options are called; None when it is not there or does not offer that."""
+    dialog = (read_screen(profile, lines) or {}).get("dialog")
+    if not dialog:
+        return None
+    for way in (profile.get("keys") or {}).get(answer) or ():
+        if way.get("when") and not re.search(way["when"], dialog["text"], re.M):
+            continue
+        if "label" not in way:
+            return way["press"].encode()
+        for option in dialog["options"]:
+            if re.search(way["label"], option["label"]):
+                return (option["key"] + way.get("press", "")).encode()
+    return None
+
+
+STATES = ("working", "idle", "waiting_input", "error", "quota", "no_signal", "blocked:permission")
+STATES += ("blocked:question", "blocked:plan", "blocked:trust")
+PROFILE_KEYS = {"name", "title", "version", "start", "detect", "argv", "resume", "modes", "text"}
+PROFILE_KEYS |= {"unsafe_modes", "files", "env", "hooks", "titles", "screens", "keys", "draft"}
+PROFILE_KEYS |= {"interrupt", "answers", "completes_on_exit"}
+
+
+def check_profile(profile):
+    """Raises ValueError, saying what is wrong, for a profile that cannot be used."""
+    unknown = sorted(set(profile) - PROFILE_KEYS)
+    if unknown:
+        raise ValueError(f"unknown keys: {', '.join(unknown)}")
+    if profile.get("start") not in ("shell", "task_command", "agent"):
+        raise ValueError("`start` must be shell, task_command or agent")
+    if profile["start"] == "agent" and not profile.get("argv"):
+        raise ValueError("`argv` is missing: how is the agent started?")
+    for place, rule in _rules_of(profile):
+        state = rule.get("state")
+        if state is not None and state not in STATES:
+            raise ValueError(f"{place}: unknown state {state!r}")
+        for pattern in _patterns_of(rule):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"{place}: {pattern!r} is no regular expression: {error}"
+                ) from None
+    return profile
+
+
+def _rules_of(profile):
+    for kind in ("hooks", "titles", "screens"):
+        for rule in profile.get(kind) or ():
+            yield f"{kind} {rule.get('id') or rule.get('event') or rule.get('state')}", rule
+    for answer, ways in (profile.get("keys") or {}).items():
+        for way in ways:
+            yield f"keys {answer}", way
+
+
+def _patterns_of(rule):
+    dialog = rule.get("dialog") or {}
+    single = (rule.get("regex"), rule.get("below"), rule.get("label"), rule.get("when"))
+    several = [p for name in ("all", "any", "none", "says") for p in rule.get(name) or ()]
+    tools = [tool["regex"] for tool in dialog.get("tools") or ()]
+    return [p for p in (*single, dialog.get("option"), *several, *tools) if p] + (
+        dialog.get("subject") or []
+    )
 
 
 # ---------------------------------------------------------------------------- what an agent does
@@ -3616,9 +3988,17 @@ class Mail:
             return True  # to say that it cannot be
         if activity.startswith("blocked") or activity == "quota":
             return False
+        if activity == "no_signal" and self._is_starting(session):
+            return False  # what is typed before it reads would be lost
         if frame["type"] in self.AT_ONCE or frame.get("urgent"):
             return True
         return activity != "working" or not self._knows_idle(session)
+
+    def _is_starting(self, session):
+        state = self.agent.activities.states.get(session.session_id)
+        if not self._knows_idle(session):
+            return False
+        return state is None or time.time() - state["began"] < HOOKS_EXPECTED_S
 
     def _knows_idle(self, session):
         """Whether it would be seen that the session's agent has nothing to do."""

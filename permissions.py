@@ -585,20 +585,15 @@ def _rules_changed(tx: Transaction, caller: Caller, rule: dict, how: str) -> Non
         tx.emit("rules_changed", rule["project_id"], caller.actor, said)
     else:
         log.info("%s: a rule for all projects was %s: %s", caller.actor, how, said)
-    for server in _servers_of(rule):
+    where, values = ("AND project_id = ?", [rule["project_id"]]) if rule["project_id"] else ("", [])
+    for server in rows(f"SELECT id FROM server WHERE revoked = 0 {where}", values):
+        # One that still waits would bring no more than this one.
+        execute(
+            "DELETE FROM command WHERE server_id = ? AND type = 'rules_changed'"
+            " AND acked_at IS NULL",
+            (server["id"],),
+        )
         moves.command(tx, server["id"], "rules_changed", None)
-
-
-def _servers_of(rule: dict) -> list[dict]:
-    """The servers that keep a copy of the rule and are not about to get all of them anew."""
-    where, values = (
-        ("AND s.project_id = ?", [rule["project_id"]]) if rule["project_id"] else ("", [])
-    )
-    return rows(
-        f"SELECT s.id FROM server s WHERE s.revoked = 0 {where} AND NOT EXISTS (SELECT 1 FROM"
-        " command c WHERE c.server_id = s.id AND c.acked_at IS NULL AND c.type = 'rules_changed')",
-        values,
-    )
 
 
 def try_rules(caller: Caller, request: dict) -> dict:
