@@ -541,8 +541,9 @@ def rank(requirements: dict, servers: Iterable[dict]) -> list[dict]:
 
     requirements: {repo?, languages?, frameworks?, capabilities?, agents?, prefer?: the same,
     server?: id}. servers: {id, name, status, repos: collection, languages|frameworks|capabilities|
-    agents: list or None for undeclared, slots, busy}; all of the task's project. Returns [{server_id, server, fits,
-    score: int or None, reasons: [sentence], busy}]. Ties go to the least busy, then by name.
+    agents: list or None for undeclared, slots, busy}; all of the task's project. Returns
+    [{server_id, server, fits, score: int or None, reasons: [sentence], busy}]. Ties go to the least
+    busy, then by name.
     """
     ranked = [_candidate(requirements, server) for server in servers]
     ranked.sort(key=lambda c: (not c["fits"], -(c["score"] or 0), c["busy"], c["server"]))

@@ -35,6 +35,7 @@ import logs
 import models
 import pages
 import pages_events
+import pages_permissions
 import pages_pipelines
 import pages_servers
 import pages_sessions
@@ -53,7 +54,15 @@ log = logging.getLogger("orchestratia.hub")
 HERE = Path(__file__).parent
 # Importing them adds their views to the one blueprint of the pages, or of the API.
 API = (api_permissions,)
-PAGES = (pages_tasks, pages_pipelines, pages_servers, pages_sessions, pages_settings, pages_events)
+PAGES = (
+    pages_permissions,
+    pages_tasks,
+    pages_pipelines,
+    pages_servers,
+    pages_sessions,
+    pages_settings,
+    pages_events,
+)
 
 # (name, default, help). From flags, then ORCHESTRATIA_<NAME>, then hub.yaml in the data directory.
 SETTINGS = (

@@ -28,12 +28,13 @@ from pydantic import BaseModel, ValidationError
 import auth
 import cascade
 import inbox
+import prose
 import reading
 import servers
 import sessions
 import web
 import words
-from models import Invalid, NotFound, Refused, event_json, in_chunks, rows
+from models import Invalid, NotFound, Refused, event_json, in_chunks, iso, rows
 
 bp = APIBlueprint("pages", __name__, enable_openapi=False)
 
@@ -77,7 +78,8 @@ def _set_up(state) -> None:
     env = state.app.jinja_env
     env.finalize = _printed
     env.trim_blocks = env.lstrip_blocks = True
-    env.filters |= {"pretty": _pretty, "said": words.said, "short": lambda value: (value or "")[:8]}
+    env.filters |= {"pretty": _pretty, "said": words.said, "marked": prose.marked, "moment": iso}
+    env.filters |= {"short": lambda value: (value or "")[:8]}
     env.globals |= {"STATES": words.STATES, "shape_of": words.shape_of}
 
 
@@ -469,9 +471,11 @@ def _finished(ids: list[str]) -> list[dict]:
 INBOX_TYPES = (
     *("task_needs_human", "intervention_responded", "task_plan_submitted"),
     *("task_plan_approved", "task_plan_revision", "task_completed", "task_failed"),
-    *("task_cancelled", "task_released"),
+    *("task_cancelled", "task_released", "permission_requested", "permission_answered"),
+    *("alert_raised", "alert_ended", "session_closed", "session_failed"),
 )
 DECISIONS = ("intervention_responded", "task_plan_approved", "task_plan_revision")
+DECISIONS += ("permission_answered",)
 DECIDED_SHOWN = 5
 
 

@@ -11,6 +11,7 @@ import web
 import words
 from models import event_json, one, rows
 from pages import NAME_MOST, bp, done, named, person, scope, show, styled
+from pages_permissions import about_session
 
 LIVE = cascade.SESSION_LIVE
 REPLAY_CSP = web.CSP.replace("script-src 'self'", "script-src 'self' 'wasm-unsafe-eval'")
@@ -57,6 +58,7 @@ def session(ref):
         "sessions/session.html",
         session=shown,
         live_session=shown["status"] in LIVE,
+        **about_session(sessions.get_session(person(), shown["id"])),
         may_watch=auth.can(person(), "session.watch", project_id),
         may_close=auth.can(person(), "session.close", project_id)
         and shown["status"] in LIVE | {"lost"},

@@ -4,8 +4,9 @@ from flask import current_app, render_template, request, url_for
 
 import auth
 import cascade
+import prompts
 import servers
-from models import Invalid, one
+from models import Invalid, loads, one
 from pages import (
     NAME_MOST,
     among,
@@ -34,6 +35,8 @@ def project_list():
         "settings/projects.html",
         shown=[_project_view(p) | {"members": members.get(p["id"])} for p in visible()],
         roles=auth.ROLES,
+        usual_prompt=prompts.DEFAULT,
+        prompt_names=sorted(prompts.NAMES),
         users=auth.list_users(person()) if auth.can(person(), "user.admin") else [],
     )
 
@@ -49,6 +52,7 @@ def _project_view(project: dict) -> dict:
         "id": project["id"],
         "name": project["name"],
         "profile": project["profile"],
+        "settings": loads(project["settings"]),
         "servers": len(found),
         "online": sum(s["status"] == "online" for s in found),
         "open_tasks": tasks["n"],
@@ -74,6 +78,10 @@ def _name() -> str:
 def change_project(project_id):
     """Rename a project, and say which worker its tasks have when they name none."""
     changes = {"name": _name(), "profile": text_of("profile", NAME_MOST) or "command"}
+    if "prompt" in request.form:  # the form of the settings, not of the name alone
+        kept = loads(auth.pick_project(person(), project_id)["settings"])
+        given = {name: text_of(name, prompts.TEMPLATE_MOST) for name in ("model", "mode", "prompt")}
+        changes["settings"] = {k: v for k, v in (kept | given).items() if v}
     auth.change_project(person(), project_id, changes)
     return done(url_for("pages.project_list"))
 

@@ -73,6 +73,13 @@ def _ended(event: dict) -> str:
     return "session closed" if code is None else f"session closed, exit code {code}"
 
 
+def _permission(event: dict) -> str:
+    details = event["details"]
+    if details.get("status") == "withdrawn":
+        return f"request for {details.get('tool', '?')} settled {details.get('answered_where')}"
+    return f"use of {details.get('tool', '?')} {details.get('status', 'answered')}"
+
+
 # type of an event: (shape, tone, what happened: a text with the fields of its details, or a
 # function of the event). live.js listens for exactly these types.
 WORDS = {
@@ -86,8 +93,8 @@ WORDS = {
     "task_started": ("play", "live", "attempt {attempt} started"),
     "task_needs_human": ("triangle", "warn", "waits for a person"),
     "intervention_responded": ("check", "good", "question answered"),
-    "permission_requested": ("triangle", "warn", "asks for a permission"),
-    "permission_answered": ("check", "good", "permission answered"),
+    "permission_requested": ("triangle", "warn", "asks to use {tool}"),
+    "permission_answered": ("check", "good", _permission),
     "task_note_added": ("square", "quiet", "note added"),
     "task_updated": ("square", "quiet", _assignee_or_fields),
     "task_completed": ("check", "good", _completed),
@@ -120,6 +127,10 @@ WORDS = {
     "server_resumed": ("disc", "good", "server takes work again"),
     "server_revoked": ("slash", "quiet", "server revoked"),
     "server_changed": ("square", "quiet", _assignee_or_fields),
+    "alert_raised": ("triangle", "warn", "{sentence}"),
+    "alert_ended": ("check", "quiet", "alert {status}"),
+    "rules_changed": ("square", "quiet", "rule {change}: {action} {tool} {pattern}"),
+    "grant_revoked": ("slash", "quiet", "grant taken back: {tool} {subject}"),
     "registration_token_created": ("square", "quiet", "registration token made"),
     "project_created": ("square", "quiet", "project {name} created"),
     "project_changed": ("square", "quiet", _assignee_or_fields),

@@ -15,21 +15,9 @@ LAYERS = (
     ("auth", "moves", "routing", "reading", "prompts", "tasks", "alerts", "permissions")
     + ("sessions", "inbox")
     + ("terminals", "servers", "wire", "nudges", "older"),
-    (
-        "web",
-        "ws",
-        "feed",
-        "document",
-        "api",
-        "api_permissions",
-        "sockets",
-        "live",
-        "words",
-        "picture",
-        "pages",
-    )
-    + ("pages_tasks", "pages_pipelines", "pages_servers", "pages_sessions", "pages_settings")
-    + ("pages_events", "install"),
+    ("web", "ws", "feed", "document", "api", "api_permissions", "sockets", "live", "words", "prose")
+    + ("picture", "pages", "pages_permissions", "pages_tasks", "pages_pipelines")
+    + ("pages_servers", "pages_sessions", "pages_settings", "pages_events", "install"),
     ("hub",),
 )
 ALONE = {"agent", "cli"}  # import nothing of ours, and nobody imports them

@@ -43,6 +43,8 @@ def addresses(made: dict[str, str]) -> dict[str, list[str]]:
         "session_list": ["/sessions", "/sessions?all=1"],
         "session": ["/sessions/shell"],
         "replay": ["/sessions/shell/replay"],
+        "rule_list": ["/rules"],
+        "permission_log": ["/permissions", "/permissions?status=denied"],
         "project_list": ["/projects"],
         "settings": ["/settings"],
         "event_list": ["/events"],

@@ -1,0 +1,214 @@
+"""The pages of permissions: deciding on requests, the rules and their tester, the log, alerts."""
+
+import difflib
+
+from flask import render_template, request, url_for
+
+import alerts
+import auth
+import permissions
+import rules
+import sessions
+from models import Invalid
+from pages import NAME_MOST, bp, choice_of, done, go, person, scope, show, text_of, visible
+
+TEXT_MOST = 50_000
+LOG_SHOWN = 200
+UNSAFE_MODES = {"bypassPermissions", "yolo", "never"}  # in which coding agents ask nothing
+
+
+@bp.post("/inbox/permissions/<ref>/decide")
+def decide_permission(ref):
+    """Allow or deny a request; the first answer counts."""
+    decision = choice_of("decision", tuple(permissions.DECISIONS))
+    permissions.decide(
+        person(),
+        ref,
+        decision or "",
+        scope=choice_of("scope", permissions.SCOPES) or "once",
+        reason=text_of("reason", TEXT_MOST),
+        pattern=text_of("pattern", rules.PATTERN_MOST),
+    )
+    return done(url_for("pages.waiting"))
+
+
+@bp.post("/inbox/alerts/<ref>/dismiss")
+def dismiss_alert(ref):
+    """Take an alert off the list."""
+    alerts.dismiss(person(), ref)
+    return done(url_for("pages.waiting"))
+
+
+@bp.post("/sessions/<ref>/grants/<grant_id>/revoke")
+def revoke_grant(ref, grant_id):
+    """Take back what was allowed for the rest of a session."""
+    permissions.revoke_grant(person(), grant_id)
+    return done(url_for("pages.session", ref=ref))
+
+
+# ── what a request's card shows ───────────────────────────────────────────────────────────────
+
+BEGINNING_LINES, BEGINNING_MOST = 10, 800  # of a long text; the rest is unfolded
+COMPARED_MOST = 500  # lines on each side; more are shown as taken out and put in
+
+
+@bp.app_template_global()
+def beginning_of(text: str) -> str:
+    """The text itself, or the beginning of one that would fill the page."""
+    lines = text.split("\n")
+    if len(lines) <= 1.5 * BEGINNING_LINES and len(text) <= 1.5 * BEGINNING_MOST:
+        return text
+    return "\n".join(lines[:BEGINNING_LINES])[:BEGINNING_MOST]
+
+
+@bp.app_template_global()
+def patterns_of(asked: dict) -> list[str]:
+    """The patterns of the rules that would stand for exactly this request."""
+    return rules.patterns_for(asked["tool"], asked["input"])
+
+
+@bp.app_template_global()
+def changes_of(given: dict) -> list[tuple[str, str]]:
+    """What a tool's input changes of a file: lines with `-`, `+`, ` `, or `@` between two places;
+    none when it is no edit."""
+    found = []
+    for before, after in _edits(given):
+        found += ([("@", "")] if found else []) + _compared(before, after)
+    return found or _patch(given)
+
+
+def _edits(given: dict) -> list[tuple[str, str]]:
+    """[(before, after)] of the forms in which coding agents name an edit."""
+    several = given["edits"] if isinstance(given.get("edits"), list) else [given]
+    pairs = [
+        (edit.get("old_string", ""), edit.get("new_string", edit.get("content")))
+        for edit in several
+        if isinstance(edit, dict)
+    ]
+    return [pair for pair in pairs if all(isinstance(text, str) for text in pair)]
+
+
+def _compared(before: str, after: str) -> list[tuple[str, str]]:
+    old, new = (text.split("\n") if text else [] for text in (before, after))
+    if max(len(old), len(new)) > COMPARED_MOST:
+        return [("-", line) for line in old] + [("+", line) for line in new]
+    found = []
+    for verb, a, b, c, d in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
+        if verb == "equal":
+            found += [(" ", line) for line in old[a:b]]
+        else:
+            found += [("-", line) for line in old[a:b]] + [("+", line) for line in new[c:d]]
+    return found
+
+
+def _patch(given: dict) -> list[tuple[str, str]]:
+    """The lines of a patch in its own words, as one coding agent sends it."""
+    texts = [t for t in given.values() if isinstance(t, str) and t.startswith("*** Begin Patch")]
+    lines = texts[0].split("\n") if texts else []
+    return [(line[:1], line[1:]) if line[:1] in "+- " and line else ("@", line) for line in lines]
+
+
+def about_session(row: dict) -> dict:
+    """What a session's page says of signals, grants and decisions."""
+    return {
+        "explained": sessions.explain(person(), row["id"]),
+        "grants": permissions.grants_json(person(), row),
+        "requests": permissions.list_requests([], session=row, limit=20),
+        "unsafe": UNSAFE_MODES,
+    }
+
+
+# ── rules ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@bp.get("/rules")
+def rule_list():
+    """The rules by which requests are answered, in their order, with a tester."""
+    places = [p for p in visible() if auth.can(person(), "rule.admin", p["id"])]
+    return show(
+        "rules/rules.html",
+        rules=permissions.list_rules(person(), scope()),
+        actions=permissions.ACTIONS,
+        places=places,
+        everywhere=auth.can(person(), "rule.all"),
+    )
+
+
+@bp.post("/rules")
+def add_rule():
+    """Add a rule at the end."""
+    permissions.add_rule(person(), _rule_fields() | {"project_id": _project()})
+    return done(url_for("pages.rule_list"))
+
+
+def _rule_fields() -> dict:
+    return {
+        "action": choice_of("action", permissions.ACTIONS),
+        "tool": text_of("tool", NAME_MOST) or "*",
+        "pattern": text_of("pattern", rules.PATTERN_MOST),
+        "agent": text_of("agent", NAME_MOST),
+        "note": text_of("note", 1000) or "",
+    }
+
+
+def _project() -> str | None:
+    """The project a form names, None for all. Raises NotFound."""
+    given = request.form.get("project")
+    return auth.pick_project(person(), given)["id"] if given else None
+
+
+@bp.post("/rules/<rule_id>")
+def change_rule(rule_id):
+    """Turn a rule on or off, or move it before another."""
+    if request.form.get("enabled") in ("0", "1"):
+        changes = {"enabled": request.form["enabled"] == "1"}
+    elif (place := request.form.get("position", "")).isdigit() and len(place) < 8:
+        changes = {"position": int(place)}
+    else:
+        raise Invalid("The form does not say what to change of the rule.")
+    permissions.change_rule(person(), rule_id, changes)
+    return done(url_for("pages.rule_list"))
+
+
+@bp.post("/rules/<rule_id>/remove")
+def remove_rule(rule_id):
+    """Remove a rule."""
+    permissions.remove_rule(person(), rule_id)
+    return done(url_for("pages.rule_list"))
+
+
+@bp.post("/rules/test")
+def try_rules():
+    """What would become of a call, and by which rule; changes nothing."""
+    tool = text_of("tool", NAME_MOST) or "Bash"
+    said = permissions.try_rules(
+        person(),
+        {
+            "tool": tool,
+            "input": permissions.input_of(tool, text_of("command", TEXT_MOST) or ""),
+            "directory": text_of("directory", 4096) or "/",
+            "agent": None,
+            "project_id": _project(),
+            "server_id": None,
+            "home": None,
+        },
+    )
+    part = render_template("rules/_verdict.html", verdict=said)
+    return part if request.headers.get("HX-Request") else go(url_for("pages.rule_list"))
+
+
+# ── the log ───────────────────────────────────────────────────────────────────────────────────
+
+
+@bp.get("/permissions")
+def permission_log():
+    """Every request and what was decided of it, newest first."""
+    status = request.args.get("status") or None
+    if status and status not in permissions.STATUSES:
+        raise Invalid(f"Unknown status {status!r}: use one of {', '.join(permissions.STATUSES)}.")
+    return show(
+        "rules/log.html",
+        requests=permissions.list_requests(scope(), status=status, limit=LOG_SHOWN),
+        status=status,
+        statuses=permissions.STATUSES,
+    )
