@@ -486,9 +486,10 @@ def waiting():
 
 
 def _decided(ids: list[str]) -> list[dict]:
-    """The newest answers and decisions, by the newest part of the event log."""
+    """The newest answers and decisions of people, by the newest part of the event log."""
     found = rows(
         f"SELECT * FROM event WHERE id > ? AND type IN {among(DECISIONS)}"
+        " AND actor NOT LIKE 'rule%' AND actor NOT LIKE 'grant:%'"
         f" AND project_id IN {among(ids)} ORDER BY id DESC LIMIT ?",
         [reading.last_event_id() - RECENT_EVENTS, *DECISIONS, *ids, DECIDED_SHOWN],
     )

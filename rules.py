@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import re
+import unicodedata
 from urllib.parse import urlsplit
 
 TEXT_MOST = 64 * 1024  # characters of a command; a longer one is asked
@@ -570,6 +571,8 @@ def _of_wrapper(part, name, depth):
                 rest.add(text[split.end() :])
                 rest.open = words[place].open
                 return _of_code(part, [rest, *words[place + 1 :]], depth)
+            if name == "flock" and text in ("-c", "--command"):
+                return _of_code(part, words[place + 1 : place + 2], depth)
             if text == "--":
                 place += 1
                 break
@@ -583,8 +586,6 @@ def _of_wrapper(part, name, depth):
     part.is_plain = name in PLAIN
     if name in ("watch", "parallel"):
         return _of_code(part, words[place:], depth)
-    if name == "flock" and place < len(words) and words[place].text in ("-c", "--command"):
-        return _of_code(part, words[place + 1 :], depth)
     given = [_anything()] if name == "xargs" else []
     shadows = [_shadow(words[n:] + given) for n in range(1, min(len(words), 20)) if n != place]
     return [*_as_part(words[place:] + given, depth), *shadows]
@@ -625,9 +626,12 @@ def _note_code(part, name):
         part.unclear = "an interpreter that reads its program from its input"
 
 
-ODD = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u00a0\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
-)
+ODD_KINDS = {"Cc", "Cf", "Co", "Cs", "Zs", "Zl", "Zp"}  # Unicode's: controls, formats, spaces
+
+
+def is_odd(text):
+    """Whether it holds signs that cannot be seen, or a space that is none to a shell."""
+    return any(unicodedata.category(sign) in ODD_KINDS for sign in set(text) if sign not in " \t\n")
 
 
 def read_command(text):
@@ -639,7 +643,7 @@ def read_command(text):
         parts = reader.read()
     except (Unclear, RecursionError) as unclear:
         return reader.parts, str(unclear) or "code within code, too deep"
-    return parts, "it holds signs that cannot be seen" if ODD.search(text) else None
+    return parts, "it holds signs that cannot be seen" if is_odd(text) else None
 
 
 # ── matching ──────────────────────────────────────────────────────────────────────────────────
@@ -879,7 +883,7 @@ def check_pattern(tool, pattern):
         raise ValueError("The pattern is empty: leave it out to mean every call of the tool.")
     if len(pattern) > PATTERN_MOST:
         raise ValueError(f"The pattern is longer than {PATTERN_MOST} characters: shorten it.")
-    if ODD.search(pattern) or "\n" in pattern:
+    if is_odd(pattern) or "\n" in pattern:
         raise ValueError("The pattern holds signs that cannot be seen: write it on one line.")
     if not any(_fits(name, tool.lower()) for name in SHELL):
         return

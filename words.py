@@ -73,11 +73,16 @@ def _ended(event: dict) -> str:
     return "session closed" if code is None else f"session closed, exit code {code}"
 
 
+SCOPES = {"session": " (for the session)", "always": " (always)"}
+
+
 def _permission(event: dict) -> str:
-    details = event["details"]
-    if details.get("status") == "withdrawn":
-        return f"request for {details.get('tool', '?')} settled {details.get('answered_where')}"
-    return f"use of {details.get('tool', '?')} {details.get('status', 'answered')}"
+    said = _Details(event["details"])
+    where = said["answered_where"] or "without an answer"
+    done = f"settled {where}" if said["status"] == "withdrawn" else ""
+    call = f"{said['tool']} {done}".strip() + f": {said['subject']}"
+    length = SCOPES.get(said["scope"], "")
+    return call if done else f"{said['status']} {call}{length}"
 
 
 # type of an event: (shape, tone, what happened: a text with the fields of its details, or a
@@ -93,7 +98,7 @@ WORDS = {
     "task_started": ("play", "live", "attempt {attempt} started"),
     "task_needs_human": ("triangle", "warn", "waits for a person"),
     "intervention_responded": ("check", "good", "question answered"),
-    "permission_requested": ("triangle", "warn", "asks to use {tool}"),
+    "permission_requested": ("triangle", "warn", "asks to use {tool}: {subject}"),
     "permission_answered": ("check", "good", _permission),
     "task_note_added": ("square", "quiet", "note added"),
     "task_updated": ("square", "quiet", _assignee_or_fields),

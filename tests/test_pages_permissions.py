@@ -1,0 +1,299 @@
+"""The pages of permission requests, rules, plans and alerts in a real Chromium."""
+
+import uuid
+
+import pytest
+from playwright.sync_api import expect
+
+import pages_permissions
+from browsing import live, press
+from test_pages_browser import forgive
+from test_pages_settings import person
+from test_wire import Agent
+
+PUSH = {"command": "git push origin main", "description": "Push the branch"}
+
+
+class Worker:
+    """A server spoken for by hand, with a worker's session and what it asks."""
+
+    def __init__(self, hub, **task):
+        self.hub = hub
+        self.key = hub.register("dev")["api_key"]
+        self.agent = Agent(self._post)
+        hello = self.agent.connect()
+        assert "sync_result" in hello or hello, hello
+        fields = {"title": "Release the shop", "profile": "claude"} | task
+        self.task = hub.api("POST", "tasks", fields)["id"]
+        hub.api("POST", f"tasks/{self.task}/assign", {"server": "dev"})
+        self.session = self._begin()
+
+    def _post(self, body):
+        answer = self.hub.ask("POST", "server/poll", body, key=self.key)
+        return answer.status_code, answer.json()
+
+    def _begin(self) -> str:
+        while not self.agent.commands:
+            self.agent.call(wait=1)
+        session = self.agent.begin(self.agent.commands[0])
+        self.agent.commands.clear()
+        return session
+
+    def say(self, kind: str, **fields) -> None:
+        self.agent.call(self.agent.spool(kind, session_id=self.session, **fields))
+
+    def ask(self, tool: str = "Bash", given: dict = PUSH, **more) -> str:
+        """Ask for a permission; the request's id."""
+        request_id = str(uuid.uuid4())
+        fields = {"agent": "claude", "via": "hook", "directory": "/srv/core"} | more
+        self.say("permission_requested", request_id=request_id, tool=tool, input=given, **fields)
+        return request_id
+
+    def heard(self, kind: str) -> list[dict]:
+        """The commands of this kind that the hub has sent."""
+        self.agent.call()
+        return [c for c in self.agent.commands if c["type"] == kind]
+
+    def asked(self, request_id: str) -> dict:
+        return self.hub.api("GET", f"permissions/{request_id}")
+
+
+@pytest.fixture
+def worker(shop):
+    return Worker(shop)
+
+
+@pytest.fixture
+def page(open_browser):
+    return open_browser()
+
+
+def card(page, request_id: str):
+    return page.locator(f"#wait-{request_id}")
+
+
+def inbox(page):
+    page.goto("/inbox")
+    return live(page)
+
+
+# ── deciding ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_request_arrives_and_is_allowed_with_one_key(worker, page):
+    inbox(page)
+    request_id = worker.ask()
+    asks = card(page, request_id)
+    expect(asks.locator("pre.call")).to_have_text("git push origin main")
+    for said in ("Bash", "/srv/core", "Release the shop", "dev", "claude", "Push the branch"):
+        expect(asks).to_contain_text(said)
+    expect(asks).to_contain_text("given the answer directly")
+    expect(page).to_have_title("(1) Inbox · Orchestratia")
+    press(page, "a")  # nothing has the focus yet
+    press(page, "j Enter")  # opens its task, decides nothing
+    expect(page).to_have_url(f"{worker.hub.url}/tasks/{worker.task}")
+    assert worker.asked(request_id)["status"] == "pending"
+    inbox(page)
+    press(page, "j a")
+    expect(page.get_by_text("Nothing waits for you")).to_be_visible()
+    expect(page).to_have_title("Inbox · Orchestratia")
+    lately = page.get_by_role("region", name="Answered lately")
+    expect(lately).to_contain_text("allowed Bash: git push origin main")
+    stands = worker.asked(request_id)
+    assert (stands["status"], stands["scope"], stands["decided_by"]) == ("allowed", "once", "admin")
+    [answer] = worker.heard("permission_answer")
+    assert (answer["request_id"], answer["decision"]) == (request_id, "allow")
+
+
+def test_a_denial_carries_its_reason_and_enter_in_it_denies(worker, page):
+    request_id = worker.ask()
+    inbox(page)
+    press(page, "j r")
+    page.keyboard.type("not on a Friday")
+    page.keyboard.press("Enter")
+    expect(card(page, request_id)).to_have_count(0)
+    stands = worker.asked(request_id)
+    assert (stands["status"], stands["reason"]) == ("denied", "not on a Friday")
+    expect(page.get_by_role("region", name="Answered lately")).to_contain_text("not on a Friday")
+
+
+def test_what_is_answered_elsewhere_goes_at_once_and_is_not_lost(worker, page):
+    first, second = worker.ask(), worker.ask(given={"command": "make deploy"})
+    inbox(page)
+    worker.hub.api("POST", f"permissions/{first}/decide", {"decision": "deny"})
+    expect(card(page, first)).to_have_count(0)
+    worker.say("permission_ended", request_id=second, where="in the terminal")
+    expect(card(page, second)).to_have_count(0)
+    lately = page.get_by_role("region", name="Answered lately")
+    expect(lately).to_contain_text("denied Bash: git push origin main by admin")
+    expect(lately).to_contain_text("Bash settled in the terminal: make deploy")
+
+
+def test_a_grant_for_the_session_is_shown_there_and_taken_back(worker, page):
+    worker.ask()
+    inbox(page)
+    page.get_by_role("button", name="For this session").click()
+    expect(page.get_by_text("Nothing waits for you")).to_be_visible()
+    again = worker.ask()
+    page.goto(f"/sessions/{worker.session}")
+    live(page)
+    page.get_by_text("1 granted, 2 asked").click()
+    expect(page.locator(f"#request-{again}")).to_contain_text("granted by admin")
+    page.get_by_role("button", name="Take back").click()
+    expect(page.get_by_role("button", name="Take back")).to_have_count(0)
+    assert worker.hub.api("GET", f"sessions/{worker.session}/grants") == {"grants": []}
+
+
+def test_always_makes_a_rule_of_the_pattern_that_is_shown(worker, page):
+    worker.ask()
+    inbox(page)
+    page.get_by_text("Always…").click()
+    pattern = page.get_by_label("Pattern")
+    expect(pattern).to_have_value("git push origin main")
+    pattern.fill("git push *")
+    page.get_by_role("button", name="Allow always").click()
+    expect(page.get_by_text("Nothing waits for you")).to_be_visible()
+    request_id = worker.ask(given={"command": "git push --tags"})
+    stands = worker.asked(request_id)
+    assert (stands["status"], stands["decided_by"][:5]) == ("allowed", "rule:")
+    expect(page.get_by_text("Nothing waits for you")).to_be_visible()
+    page.goto("/permissions")
+    page.locator(f"#request-{request_id}").get_by_role("link", name="a rule").click()
+    rule = page.locator(f"#rule-{stands['rule_id']}")
+    expect(rule).to_contain_text("git push *")
+    expect(rule).to_be_in_viewport()
+
+
+def test_rights_show_what_may_be_done(worker, shop, open_browser, problems):
+    request_id = worker.ask()
+    looker, operator = (
+        inbox(open_browser(person(shop, name, role)))
+        for name, role in (("vera", "viewer"), ("olga", "operator"))
+    )
+    expect(card(looker, request_id).get_by_role("button")).to_have_count(0)
+    expect(operator.get_by_text("Always…")).to_have_count(0)
+    operator.goto("/rules")
+    expect(operator.get_by_text("Add a rule")).to_have_count(0)
+    expect(operator.get_by_role("button", name="Remove")).to_have_count(0)
+    inbox(operator)
+    shop.api("POST", f"permissions/{request_id}/decide", {"decision": "allow"})
+    expect(card(operator, request_id)).to_have_count(0)
+
+
+def test_an_edit_is_shown_line_by_line_and_a_long_command_says_how_long_it_is(worker, page):
+    edit = {
+        "file_path": "/srv/core/app.py",
+        "old_string": "import os\nDEBUG = True\n",
+        "new_string": "import os\nDEBUG = False\n<b>x</b>\n",
+    }
+    first = worker.ask("Edit", edit)
+    script = "\n".join(f"echo {n}" for n in range(200)) + "\nrm -rf build"
+    second = worker.ask(given={"command": script})
+    inbox(page)
+    diff = card(page, first).locator(".diff")
+    expect(diff.locator(".removed")).to_have_text(["- DEBUG = True\n"])
+    expect(diff.locator(".added")).to_have_text(["+ DEBUG = False\n", "+ <b>x</b>\n"])
+    asks = card(page, second)
+    expect(asks.locator("pre.call").first).not_to_contain_text("rm -rf build")
+    asks.get_by_text("All of it: 201 lines").click()
+    expect(asks.locator("pre.call").last).to_contain_text("rm -rf build")
+    expect(asks.locator("pre.call").last).to_be_visible()
+
+
+def test_alerts_are_read_and_dismissed(worker, page):
+    worker.say("session_activity", state="quota", reason="limit until 15:00", signal="screen quota")
+    request_id = worker.ask()
+    worker.hub.api("POST", f"permissions/{request_id}/decide", {"decision": "allow"})
+    worker.say("agent_event", kind="delivery_unknown", command="permission_answer", why="it ended")
+    inbox(page)
+    expect(page.locator(".wait")).to_have_count(2)
+    expect(page.get_by_text("stands at a usage limit: limit until 15:00")).to_be_visible()
+    expect(page.get_by_text("may or may not have reached")).to_be_visible()
+    page.get_by_role("button", name="Dismiss").first.click()
+    expect(page.locator(".wait")).to_have_count(1)
+    page.get_by_role("button", name="Dismiss").click()
+    expect(page.get_by_text("Nothing waits for you")).to_be_visible()
+    assert worker.hub.api("GET", "alerts?status=open") == {"alerts": []}
+
+
+# ── rules and the log ─────────────────────────────────────────────────────────────────────────
+
+
+def test_rules_are_added_moved_switched_off_tried_and_removed(shop, page):
+    page.goto("/rules")
+    live(page)
+    page.get_by_text("Add a rule").click()
+    for action, pattern in (("allow", "git *"), ("ask", "git push *")):
+        page.get_by_label("It says").select_option(action)
+        page.get_by_label("Pattern").fill(pattern)
+        page.get_by_role("button", name="Add", exact=True).click()
+        expect(page.locator(".rules li").filter(has_text=pattern)).to_have_count(1)
+    verdict = page.locator("#verdict")
+    page.get_by_label("What it would run").fill("git status && git push origin")
+    page.get_by_role("button", name="Try it").click()
+    expect(verdict).to_contain_text("Allowed")
+    expect(verdict.locator("li")).to_have_count(2)
+    asks = page.locator(".rules li").filter(has_text="git push *")
+    asks.get_by_role("button", name="Up").click()
+    expect(page.locator(".rules li").filter(has_text="git").first).to_contain_text("git push *")
+    page.get_by_role("button", name="Try it").click()
+    expect(verdict).to_contain_text("A person is asked")
+    asks.get_by_role("button", name="Turn off").click()
+    expect(asks).to_contain_text("off")
+    page.get_by_role("button", name="Try it").click()
+    expect(verdict).to_contain_text("Allowed")
+    page.on("dialog", lambda dialog: dialog.accept())
+    asks.get_by_role("button", name="Remove").click()
+    expect(asks).to_have_count(0)
+    page.get_by_label("What it would run").fill("sudo rm -rf /")
+    page.get_by_role("button", name="Try it").click()
+    expect(verdict).to_contain_text("Denied")
+    expect(verdict).to_contain_text("deletes the system")
+
+
+def test_a_rule_that_cannot_be_is_refused_at_its_form(shop, page, problems):
+    page.goto("/rules")
+    page.get_by_text("Add a rule").click()
+    page.get_by_label("Pattern").fill("make && make install")
+    page.get_by_role("button", name="Add", exact=True).click()
+    expect(page.locator("#add-rule [role=alert]")).to_contain_text("make a rule for each")
+    forgive(problems, 422)
+
+
+def test_the_log_is_filtered_and_paged(worker, page, monkeypatch):
+    for number in range(3):
+        worker.ask(given={"command": f"make step{number}"})
+    denied = worker.ask("WebFetch", {"url": "https://example.org/"})
+    worker.hub.api("POST", f"permissions/{denied}/decide", {"decision": "deny", "reason": "no"})
+    page.goto("/permissions")
+    expect(page.locator(".requests li")).to_have_count(4)
+    page.get_by_label("Decision").select_option("denied")
+    expect(page.locator(".requests li")).to_have_count(1)
+    expect(page.locator(".requests li")).to_contain_text("by admin: no")
+    page.goto("/permissions?q=step1")
+    expect(page.locator(".requests li")).to_have_count(1)
+    page.goto("/permissions?session=" + worker.session + "&q=none+of+it")
+    expect(page.get_by_text("Nothing fits")).to_be_visible()
+
+
+# ── without a browser ─────────────────────────────────────────────────────────────────────────
+
+
+def test_what_an_edit_changes():
+    changes = pages_permissions.changes_of
+    assert changes({"command": "ls"}) == []
+    assert changes({"content": "a\nb"}) == [("+", "a"), ("+", "b")]
+    edits = [{"old_string": "a", "new_string": "b"}, {"old_string": "c", "new_string": ""}]
+    assert changes({"edits": edits}) == [("-", "a"), ("+", "b"), ("@", ""), ("-", "c")]
+    patch = "*** Begin Patch\n*** Update File: a.py\n@@\n-old\n+new\n same\n*** End Patch"
+    marks = [mark for mark, _ in changes({"input": patch})]
+    assert marks == ["@", "@", "@", "-", "+", " ", "@"]
+    for odd in ({"edits": "x"}, {"edits": [1, {}]}, {"old_string": 1, "new_string": 2}):
+        assert changes(odd) == []
+
+
+def test_a_long_text_begins_and_a_short_one_is_whole():
+    begin = pages_permissions.beginning_of
+    assert begin("a\nb") == "a\nb"
+    assert begin("x\n" * 100) == "x\n" * 9 + "x"
+    assert begin("y" * 5000) == "y" * pages_permissions.BEGINNING_MOST
