@@ -499,6 +499,7 @@ class Session:
     launch: str = ""  # names this start, so that hooks of an earlier one are known
     conversation: str | None = None  # the coding agent's own id of its conversation
     mode: str | None = None
+    begun: bool = False  # it was said that the work on its task has begun
     closing: bool = False
     cancelled: bool = False
     exit_code: int | None = None
@@ -2091,7 +2092,7 @@ class Sessions:
         session.state = "live"
         frames = [self._started(session)]
         if session.ends_task:
-            frames.append(self._report(session, outcome="started"))
+            frames.append(self.report(session, outcome="started"))
         self.store.save(session, *frames)
         self.logs.follow(session.session_id, self.log_path(session), acked=0)
         self.outgoing.wake.set()
@@ -2111,7 +2112,7 @@ class Sessions:
         }
 
     @staticmethod
-    def _report(session, **said):
+    def report(session, **said):
         return {
             "type": "task_report",
             "task_id": session.task_id,
@@ -2482,12 +2483,12 @@ class Sessions:
             path = self.directory(session) / "result.json"
             try:
                 result, implicit = read_result(path), not path.exists()
-                return self._report(session, outcome="complete", result=result, implicit=implicit)
+                return self.report(session, outcome="complete", result=result, implicit=implicit)
             except AgentError as error:
-                return self._report(session, outcome="fail", error=str(error))
+                return self.report(session, outcome="fail", error=str(error))
         tail = last_lines(read_end(self.log_path(session)))
         error = f"{exit_sentence(session.exit_code)}\n{tail}".strip()
-        return self._report(session, outcome="fail", error=error, implicit=True)
+        return self.report(session, outcome="fail", error=error, implicit=True)
 
     @staticmethod
     def _gap(session, start, stop, why):
@@ -3313,6 +3314,8 @@ class Activities:
         if not news and progress - told[2] < self.settings.progress_s:
             return
         self._told[session.session_id] = state["activity"], state["reason"], progress
+        if state["activity"] == "working" and self._begins(session):
+            self.outgoing.spool(self.sessions.report(session, outcome="started"))
         self.outgoing.spool(
             {
                 "type": "session_activity",
@@ -3325,6 +3328,14 @@ class Activities:
                 "signals": explain(profile, state, now),
             }
         )
+
+    def _begins(self, session):
+        """Whether this is the first that is seen of the work on its task."""
+        if session.task_id is None or session.begun or session.ends_task:
+            return False
+        session.begun = True
+        self.sessions.store.save(session)
+        return True
 
     def look(self, panes, now):
         """Look at the titles and screens of all live sessions; returns {session id: dialog} of
@@ -3393,12 +3404,14 @@ class Request:
     spool: int = 0
     held: bool = False  # a hook client waits right now
     since: float = 0.0
+    left: float = 0.0  # when the last hook client has left
     answer: dict | None = None
+    passing: bool = False  # the answer is on its way to the hook client
     changed: threading.Event = dataclasses.field(default_factory=threading.Event, repr=False)
 
     def row(self):
         shown = ("request_id", "session_id", "via", "tool", "tool_use_id", "fingerprint", "since")
-        return {name: getattr(self, name) for name in shown}
+        return {name: getattr(self, name) for name in (*shown, "answer", "passing")}
 
 
 class Rules:
@@ -3474,7 +3487,14 @@ class Requests:
         self.acked = threading.Condition()
         self.upto = 0
         for row in store.get("requests", []):
-            self.open[row["request_id"]] = Request(**row)
+            self.open[row["request_id"]] = Request(**row, left=time.time())
+
+    def recover(self):
+        """Take up what the last run left: an answer that was being passed on may have arrived."""
+        for request in [r for r in self.open.values() if r.passing]:
+            why = "the agent ended while the answer was passed on"
+            self.tell(request.request_id, request.session_id, "delivery_unknown", why)
+            self.close(request)
 
     def _save(self):
         self.store.put("requests", [request.row() for request in self.open.values()])
@@ -3532,9 +3552,13 @@ class Requests:
                     return None
             request.held = True
         try:
-            return self._hold(session, request, gone, holds)
+            answer = self._hold(session, request, gone, holds)
+            if answer:
+                request.passing = True
+                self._save()
+            return answer
         finally:
-            request.held = False
+            request.held, request.left = False, time.time()
 
     def _begin(self, session, request_id, via, payload, fingerprint=None):
         """A request that the hub has been told of; None while it is away."""
@@ -3560,7 +3584,7 @@ class Requests:
             self.end(request, "left to the terminal, since the hub did not answer in time")
             return None
         patience = None if holds else time.monotonic() + self.settings.hook_patience_s / 2
-        while not request.changed.wait(0.1):
+        while request.answer is None and not request.changed.wait(0.1):
             if gone():
                 self.end(request, "in the terminal")
                 return None
@@ -3612,6 +3636,20 @@ class Requests:
 
     # -- by screen
 
+    def abandoned(self):
+        """Requests whose hook client has not come back, and that have an answer: it is given by
+        key, if the dialog is there."""
+        late = time.time() - HOOK_BACK_S
+        with self.lock:
+            left = [
+                r for r in self.open.values() if r.via == "hook" and not r.held and r.left < late
+            ]
+            for request in left:
+                request.via = "screen"
+            if left:
+                self._save()
+        return [request for request in left if request.answer]
+
     def look(self, dialogs):
         """Compare the dialogs that are shown with the requests that are open."""
         for session in self.sessions.live():
@@ -3656,6 +3694,7 @@ class Requests:
             if request is None:
                 raise AgentError("nobody waits for it any more")
             request.answer = answer
+            self._save()
             self.answered[request.request_id] = answer
             while len(self.answered) > self.KEPT:
                 self.answered.popitem(last=False)
@@ -3793,6 +3832,7 @@ def has_ended(connection):
         connection.settimeout(10)
 
 
+HOOK_BACK_S = 30  # in which a hook client comes back after this agent was restarted
 HOOK_TRIES = 8  # hard failures in a row, then the prompt is left to the terminal
 HOOK_INPUT_BYTES = 8 * KB * KB
 
@@ -4177,9 +4217,12 @@ class Agent:
     def recover(self):
         """Take up what the last run left: sessions first, then unfinished commands."""
         self.sessions.recover()
+        self.requests.recover()
         for epoch, frame, begun in self.store.unfinished():
             if begun:
                 self._not_delivered(frame, "delivery_unknown", "the agent ended while typing")
+                if request := self.requests.open.get(frame.get("request_id")):
+                    self.requests.close(request)
                 self.store.done(epoch, frame["id"])
             else:
                 self.commands.put({**frame, "epoch": epoch})
@@ -4295,6 +4338,10 @@ class Agent:
     def _look_at_programs(self, now):
         if self.sessions.live():
             self.requests.look(self.activities.look(self.sessions.panes(), now))
+            for request in self.requests.abandoned():
+                frame = {"type": "press", "epoch": self.epoch, "id": 0}
+                ids = {"request_id": request.request_id, "session_id": request.session_id}
+                self.lanes.put({**frame, **ids})
 
     def _was_typed(self, session):
         """A person has typed: perhaps the answer to a dialog."""

@@ -10,8 +10,9 @@ import math
 import re
 import time
 from collections import defaultdict
-from functools import partial
+from functools import lru_cache, partial
 
+import yaml
 from apiflask import APIBlueprint
 from flask import (
     current_app,
@@ -32,6 +33,7 @@ import prose
 import reading
 import servers
 import sessions
+import sockets
 import web
 import words
 from models import Invalid, NotFound, Refused, event_json, in_chunks, iso, rows
@@ -80,7 +82,12 @@ def _set_up(state) -> None:
     env.trim_blocks = env.lstrip_blocks = True
     env.filters |= {"pretty": _pretty, "said": words.said, "marked": prose.marked, "moment": iso}
     env.filters |= {"short": lambda value: (value or "")[:8]}
-    env.globals |= {"STATES": words.STATES, "shape_of": words.shape_of}
+    env.globals |= {
+        "STATES": words.STATES,
+        "shape_of": words.shape_of,
+        "is_unsafe": is_unsafe,
+        "coding_agents": coding_agents,
+    }
 
 
 def _pretty(value) -> str:
@@ -137,6 +144,28 @@ def scope() -> list[str]:
 
 def project_ids() -> list[str]:
     return [chosen()["id"]] if chosen() else [p["id"] for p in visible()]
+
+
+def coding_agents() -> list[dict]:
+    """The coding agents the hub has profiles of, by title: {name, title, modes, unsafe_modes}."""
+    return _read_profiles(sockets.profiles.etag)
+
+
+@lru_cache(maxsize=1)
+def _read_profiles(_etag: str) -> list[dict]:
+    found = [yaml.safe_load(text) for text in sockets.profiles.texts.values()]
+    agents = [
+        {"name": p["name"], "title": p.get("title") or p["name"]}
+        | {kind: p.get(kind) or [] for kind in ("modes", "unsafe_modes")}
+        for p in found
+        if p.get("start") == "agent"
+    ]
+    return sorted(agents, key=lambda agent: agent["title"].lower())
+
+
+def is_unsafe(profile: str | None, mode: str | None) -> bool:
+    """Whether a coding agent asks nothing in this mode."""
+    return any(a["name"] == profile and mode in a["unsafe_modes"] for a in coding_agents())
 
 
 def may_create() -> list[dict]:

@@ -1,6 +1,7 @@
 """The pages of permissions: deciding on requests, the rules and their tester, the log, alerts."""
 
 import difflib
+from itertools import groupby
 
 from flask import render_template, request, url_for
 
@@ -8,13 +9,27 @@ import alerts
 import auth
 import permissions
 import rules
+import servers
 import sessions
-from models import Invalid
-from pages import NAME_MOST, bp, choice_of, done, go, person, scope, show, text_of, visible
+from models import Invalid, containing, newest, one
+from pages import (
+    NAME_MOST,
+    bp,
+    choice_of,
+    coding_agents,
+    done,
+    person,
+    scope,
+    show,
+    text_of,
+    visible,
+)
 
 TEXT_MOST = 50_000
-LOG_SHOWN = 200
-UNSAFE_MODES = {"bypassPermissions", "yolo", "never"}  # in which coding agents ask nothing
+LOG_SHOWN = 100
+LOOKED_BACK = 50_000  # requests that a page of the log looks through: its cost does not grow
+CHANGES_SHOWN = 20  # requests on the page of their session or task
+HUB_RULES_FOLDED = 10  # so many rules in a row that came with the hub are folded
 
 
 @bp.post("/inbox/permissions/<ref>/decide")
@@ -113,8 +128,7 @@ def about_session(row: dict) -> dict:
     return {
         "explained": sessions.explain(person(), row["id"]),
         "grants": permissions.grants_json(person(), row),
-        "requests": permissions.list_requests([], session=row, limit=20),
-        "unsafe": UNSAFE_MODES,
+        "requests": permissions.list_requests([], session=row, limit=CHANGES_SHOWN),
     }
 
 
@@ -124,14 +138,38 @@ def about_session(row: dict) -> dict:
 @bp.get("/rules")
 def rule_list():
     """The rules by which requests are answered, in their order, with a tester."""
-    places = [p for p in visible() if auth.can(person(), "rule.admin", p["id"])]
-    return show(
-        "rules/rules.html",
-        rules=permissions.list_rules(person(), scope()),
-        actions=permissions.ACTIONS,
-        places=places,
-        everywhere=auth.can(person(), "rule.all"),
-    )
+    return show("rules/rules.html", **_rules_shown())
+
+
+def _rules_shown(**more) -> dict:
+    found = permissions.list_rules(person(), scope())
+    return {
+        "runs": [list(run) for _, run in groupby(found, key=_came_with_the_hub)],
+        "folded": lambda run: _came_with_the_hub(run[0]) and len(run) >= HUB_RULES_FOLDED,
+        "places_of": _places(found),
+        "actions": permissions.ACTIONS,
+        "places": [p for p in visible() if auth.can(person(), "rule.admin", p["id"])],
+        "everywhere": auth.can(person(), "rule.all"),
+        "among": servers.list_servers(scope()),
+        "server_names": {s["id"]: s["name"] for s in servers.list_servers(scope())},
+        "agents": coding_agents(),
+    } | more
+
+
+def _came_with_the_hub(rule: dict) -> bool:
+    return rule["created_by"] == auth.HUB.actor and rule["enabled"]
+
+
+def _places(found: list[dict]) -> dict[str, dict]:
+    """{rule: {up, down: the position that puts it there, None at the end}}."""
+    around = zip([None, *found[:-1]], found, [*found[1:], None], strict=True)
+    return {
+        rule["id"]: {
+            "up": above and above["position"],
+            "down": below and below["position"] + 1,
+        }
+        for above, rule, below in around
+    }
 
 
 @bp.post("/rules")
@@ -147,6 +185,7 @@ def _rule_fields() -> dict:
         "tool": text_of("tool", NAME_MOST) or "*",
         "pattern": text_of("pattern", rules.PATTERN_MOST),
         "agent": text_of("agent", NAME_MOST),
+        "server_id": text_of("server", NAME_MOST),
         "note": text_of("note", 1000) or "",
     }
 
@@ -187,14 +226,15 @@ def try_rules():
             "tool": tool,
             "input": permissions.input_of(tool, text_of("command", TEXT_MOST) or ""),
             "directory": text_of("directory", 4096) or "/",
-            "agent": None,
+            "agent": text_of("agent", NAME_MOST),
             "project_id": _project(),
             "server_id": None,
             "home": None,
         },
     )
-    part = render_template("rules/_verdict.html", verdict=said)
-    return part if request.headers.get("HX-Request") else go(url_for("pages.rule_list"))
+    if request.headers.get("HX-Request"):
+        return render_template("rules/_verdict.html", verdict=said)
+    return render_template("rules/rules.html", **_rules_shown(verdict=said))
 
 
 # ── the log ───────────────────────────────────────────────────────────────────────────────────
@@ -202,13 +242,47 @@ def try_rules():
 
 @bp.get("/permissions")
 def permission_log():
-    """Every request and what was decided of it, newest first."""
-    status = request.args.get("status") or None
-    if status and status not in permissions.STATUSES:
-        raise Invalid(f"Unknown status {status!r}: use one of {', '.join(permissions.STATUSES)}.")
+    """Every request and what was decided of it, newest first, of what the address asks for."""
+    wanted = {name: request.args.get(name, "").strip()[:NAME_MOST] for name in LOG_FIELDS}
+    if wanted["status"] and wanted["status"] not in permissions.STATUSES:
+        raise Invalid(
+            f"Unknown status {wanted['status']!r}: use one of {', '.join(permissions.STATUSES)}.",
+            field="status",
+        )
+    session = wanted["session"] and sessions.get_session(person(), wanted["session"])
+    before = request.args.get("before", type=int)
+    found, older = _log(wanted, session or None, before)
     return show(
         "rules/log.html",
-        requests=permissions.list_requests(scope(), status=status, limit=LOG_SHOWN),
-        status=status,
+        requests=permissions.permissions_json(found),
+        older=older,
+        first=before is None,
+        wanted=wanted,
+        given={name: value for name, value in wanted.items() if value},
         statuses=permissions.STATUSES,
+        session=session or None,
     )
+
+
+LOG_FIELDS = ("status", "session", "q")  # of the filter, as the address has them
+
+
+def _log(wanted: dict, session: dict | None, before: int | None) -> tuple[list[dict], int | None]:
+    """(request rows that fit, newest first; where older ones go on, or None)."""
+    last = one("SELECT MAX(seq) AS seq FROM permission")["seq"] or 0
+    top = min(before, last + 1) if before is not None else last + 1
+    floor = max(0, top - LOOKED_BACK)
+    where, values = ["seq < ?", "seq > ?"], [top, floor]
+    if wanted["status"]:
+        where.append("status = ?")
+        values.append(wanted["status"])
+    if wanted["q"]:
+        where.append("(tool LIKE ? ESCAPE '\\' OR subject LIKE ? ESCAPE '\\')")
+        values += [containing(wanted["q"])] * 2
+    branches = [{"project_id": project} for project in scope()]
+    if session:
+        branches = [{"session_id": session["id"]}]
+    found = newest("permission", branches, " AND ".join(where), values, LOG_SHOWN + 1)
+    if len(found) > LOG_SHOWN:
+        return found[:LOG_SHOWN], found[LOG_SHOWN - 1]["seq"]
+    return found, floor + 1 if floor else None

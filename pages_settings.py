@@ -78,12 +78,25 @@ def _name() -> str:
 def change_project(project_id):
     """Rename a project, and say which worker its tasks have when they name none."""
     changes = {"name": _name(), "profile": text_of("profile", NAME_MOST) or "command"}
-    if "prompt" in request.form:  # the form of the settings, not of the name alone
-        kept = loads(auth.pick_project(person(), project_id)["settings"])
-        given = {name: text_of(name, prompts.TEMPLATE_MOST) for name in ("model", "mode", "prompt")}
-        changes["settings"] = {k: v for k, v in (kept | given).items() if v}
+    if "model" in request.form:
+        given = {name: text_of(name, NAME_MOST) for name in ("model", "mode")}
+        changes["settings"] = _settings_with(project_id, given)
     auth.change_project(person(), project_id, changes)
     return done(url_for("pages.project_list"))
+
+
+@bp.post("/projects/<project_id>/prompt")
+def change_prompt(project_id):
+    """Change the template of the prompt its workers are started with; empty for the usual one."""
+    given = {"prompt": text_of("prompt", prompts.TEMPLATE_MOST)}
+    auth.change_project(person(), project_id, {"settings": _settings_with(project_id, given)})
+    return done(url_for("pages.project_list"))
+
+
+def _settings_with(project_id: str, given: dict) -> dict:
+    """The project's settings with these; those that say nothing are left out."""
+    kept = loads(auth.pick_project(person(), project_id)["settings"])
+    return {name: value for name, value in (kept | given).items() if value}
 
 
 @bp.post("/projects/<project_id>/members")

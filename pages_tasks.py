@@ -8,6 +8,7 @@ import api
 import auth
 import cascade
 import inbox
+import permissions
 import reading
 import servers
 import sessions
@@ -38,6 +39,7 @@ from pages import (
     text_of,
     words_of,
 )
+from pages_permissions import CHANGES_SHOWN
 
 TASKS_PER_PAGE = 100
 COLUMN_MOST = 50  # cards in a column of the board
@@ -279,6 +281,8 @@ def _task_fields() -> dict:
         "max_attempts": _number("max_attempts"),
         "timeout": _number("timeout"),
         "command": command or None,
+        "model": text_of("model", NAME_MOST),
+        "mode": text_of("mode", NAME_MOST),
         "profile": "command" if command else text_of("profile", NAME_MOST),
     }
 
@@ -381,6 +385,8 @@ def task(ref):
         timeline=named(reading.timeline(person(), row["id"])),
         attempts=_attempts(row["id"]),
         waits=inbox.waiting([row["project_id"]], row["id"]),
+        asked=inbox.list_interventions([row["project_id"]], task=row)[:CHANGES_SHOWN],
+        requests=permissions.list_requests([], task=row, limit=CHANGES_SHOWN),
         plans=inbox.plans(person(), row["id"]),
         notes=list(reversed(reading.notes(person(), row["id"]))),
         may_change=may_change,

@@ -278,7 +278,9 @@ def open_profile(name):
 
 
 def test_a_profile_that_cannot_be_read_does_not_take_the_others_along():
-    profiles = agent.parse_profiles({"a": "start: shell", "b": "start: [", "c": "text", "d": "start: x"})
+    profiles = agent.parse_profiles(
+        {"a": "start: shell", "b": "start: [", "c": "text", "d": "start: x"}
+    )
     assert profiles == {"a": {"start": "shell"}}
 
 
