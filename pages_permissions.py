@@ -104,6 +104,8 @@ def _edits(given: dict) -> list[tuple[str, str]]:
 
 
 def _compared(before: str, after: str) -> list[tuple[str, str]]:
+    if before.endswith("\n") and after.endswith("\n"):
+        before, after = before[:-1], after[:-1]
     old, new = (text.split("\n") if text else [] for text in (before, after))
     if max(len(old), len(new)) > COMPARED_MOST:
         return [("-", line) for line in old] + [("+", line) for line in new]

@@ -73,6 +73,19 @@ def _ended(event: dict) -> str:
     return "session closed" if code is None else f"session closed, exit code {code}"
 
 
+BRIEF_MOST = 200  # characters of a call in a sentence; the log of decisions has all of it
+
+
+def _brief(text: str) -> str:
+    first, _, more = text.strip().partition("\n")
+    return f"{first[:BRIEF_MOST]}…" if more or len(first) > BRIEF_MOST else first
+
+
+def _requested(event: dict) -> str:
+    said = _Details(event["details"])
+    return f"asks to use {said['tool']}: {_brief(said['subject'])}"
+
+
 SCOPES = {"session": " (for the session)", "always": " (always)"}
 
 
@@ -80,7 +93,7 @@ def _permission(event: dict) -> str:
     said = _Details(event["details"])
     where = said["answered_where"] or "without an answer"
     done = f"settled {where}" if said["status"] == "withdrawn" else ""
-    call = f"{said['tool']} {done}".strip() + f": {said['subject']}"
+    call = f"{said['tool']} {done}".strip() + f": {_brief(said['subject'])}"
     length = SCOPES.get(said["scope"], "")
     return call if done else f"{said['status']} {call}{length}"
 
@@ -98,7 +111,7 @@ WORDS = {
     "task_started": ("play", "live", "attempt {attempt} started"),
     "task_needs_human": ("triangle", "warn", "waits for a person"),
     "intervention_responded": ("check", "good", "question answered"),
-    "permission_requested": ("triangle", "warn", "asks to use {tool}: {subject}"),
+    "permission_requested": ("triangle", "warn", _requested),
     "permission_answered": ("check", "good", _permission),
     "task_note_added": ("square", "quiet", "note added"),
     "task_updated": ("square", "quiet", _assignee_or_fields),

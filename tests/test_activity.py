@@ -1,0 +1,437 @@
+"""What a coding agent is doing: screens of each agent and version, and the rules of the reducer."""
+
+import copy
+import json
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import agent
+from conftest import ROOT
+
+SCREENS = ROOT / "tests" / "fixtures" / "screens"
+PROFILES = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT / "profiles").glob("*.yaml")}
+CLAUDE = PROFILES["claude"]
+KEYS = {"<esc>": "\x1b", "<cr>": "\r"}
+
+
+def screen(path) -> tuple[dict, list[str]]:
+    """(what the first lines want of it, the lines of the screen)."""
+    lines, wanted = path.read_text().split("\n"), {}
+    while lines[0].startswith("# "):
+        name, _, value = lines.pop(0)[2:].partition(": ")
+        wanted[name] = value
+    return wanted, lines
+
+
+def shown(name: str) -> list[str]:
+    return screen(SCREENS / f"{name}.txt")[1]
+
+
+FILES = sorted(SCREENS.glob("*/*.txt"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_screen_is_read_as_what_it_shows(path):
+    profile = PROFILES[path.parent.name]
+    wanted, lines = screen(path)
+    state = path.stem.split("-")[1].replace("blocked_", "blocked:")
+    read = agent.read_screen(profile, lines)
+    assert read and read["state"] == state, read
+    dialog = read["dialog"] or {}
+    for name in ("tool", "subject"):
+        if name in wanted:
+            assert dialog[name] == wanted[name]
+    for answer in ("allow", "session", "always", "deny"):
+        if keys := wanted.get(f"keys {answer}"):
+            for sign, key in KEYS.items():
+                keys = keys.replace(sign, key)
+            assert agent.keys_for(profile, lines, answer) == keys.encode()
+
+
+def test_there_is_a_screen_for_each_agent_with_a_dialog():
+    assert len(FILES) >= 30
+    for name in ("claude", "codex", "gemini", "aider"):
+        states = {p.stem.split("-")[1] for p in FILES if p.parent.name == name}
+        assert {"idle", "working", "blocked_permission"} <= states
+
+
+def test_a_dialog_is_known_again_whatever_moves_on_it():
+    lines = shown("claude/2.1.220-blocked_permission-bash")
+    first = agent.read_screen(CLAUDE, lines)["dialog"]["fingerprint"]
+    moved = [line.replace(" ❯ 1.", "   1.").replace("   2.", " ❯ 2.") for line in lines]
+    assert agent.read_screen(CLAUDE, ["more above", *moved])["dialog"]["fingerprint"] == first
+    other = [line.replace("origin main", "origin next") for line in lines]
+    assert agent.read_screen(CLAUDE, other)["dialog"]["fingerprint"] != first
+
+
+def test_no_key_is_pressed_where_no_dialog_is():
+    for name in ("claude/2.1.220-idle", "claude/2.1.220-working"):
+        assert agent.keys_for(CLAUDE, shown(name), "allow") is None
+    edit = shown("claude/2.1.220-blocked_permission-edit")
+    assert agent.keys_for(CLAUDE, edit, "always") is None  # it does not offer that
+
+
+# ── the reducer ───────────────────────────────────────────────────────────────────────────────
+
+
+class Mind:
+    """A session's state, signal by signal."""
+
+    def __init__(self, profile="claude"):
+        self.profile = PROFILES.get(profile) or {}
+        self.now = 1000.0
+        self.state = agent.start_state(self.now)
+
+    def take(self, kind: str, **said) -> str:
+        self.now += 0.1
+        before = copy.deepcopy(self.state)
+        after = agent.reduce(self.profile, self.state, {"kind": kind, "at": self.now, **said})
+        assert self.state == before, "a state was changed"
+        self.state = json.loads(json.dumps(after))
+        assert self.state == after
+        return self.state["activity"]
+
+    def hook(self, event: str, **payload) -> str:
+        return self.take("hook", event=event, payload=payload)
+
+    def screen(self, name: str, looks: int = 2) -> str:
+        for _ in range(looks):
+            self.take("screen", lines=shown(name))
+        return self.state["activity"]
+
+    def asks(self, tool="Bash", use="toolu_1") -> str:
+        self.hook("UserPromptSubmit", prompt="x")
+        return self.hook("PermissionRequest", tool_name=tool, tool_use_id=use)
+
+
+@pytest.fixture
+def mind():
+    return Mind()
+
+
+def test_a_turn_from_prompt_to_stop(mind):
+    assert mind.state["activity"] == "no_signal"
+    assert mind.hook("SessionStart", source="startup") == "no_signal"
+    assert mind.hook("UserPromptSubmit", prompt="x") == "working"
+    assert mind.hook("PreToolUse", tool_name="Bash") == "working"
+    assert mind.state["reason"] == "uses Bash"
+    assert mind.hook("PostToolUse", tool_name="Bash") == "working"
+    assert mind.hook("Stop") == "idle"
+    assert (mind.state["reason"], mind.state["signal"]) == ("its turn is over", "hook Stop")
+
+
+@pytest.mark.parametrize(
+    ("tool", "state"),
+    [
+        ("Bash", "blocked:permission"),
+        ("AskUserQuestion", "blocked:question"),
+        ("ExitPlanMode", "blocked:plan"),
+    ],
+)
+def test_what_it_is_blocked_by(mind, tool, state):
+    assert mind.asks(tool) == state
+
+
+@pytest.mark.parametrize(
+    ("event", "payload", "state"),
+    [
+        ("PostToolUse", {"tool_name": "Bash", "tool_use_id": "toolu_1"}, "working"),
+        ("PostToolUseFailure", {"tool_name": "Bash", "tool_use_id": "toolu_1"}, "working"),
+        ("PostToolUse", {"tool_name": "Bash"}, "working"),
+        ("UserPromptSubmit", {"prompt": "y"}, "working"),
+        ("Stop", {}, "idle"),
+        ("StopFailure", {"error": "x"}, "error"),
+    ],
+)
+def test_what_ends_it(mind, event, payload, state):
+    mind.asks()
+    assert mind.hook(event, **payload) == state
+    assert mind.state["blocked"] is None
+
+
+@pytest.mark.parametrize(
+    ("event", "payload"),
+    [
+        ("PostToolUse", {"tool_name": "Bash", "tool_use_id": "toolu_2"}),
+        ("PostToolUse", {"tool_name": "Read"}),
+        ("PostToolUse", {"tool_name": "Bash", "tool_use_id": "toolu_1", "agent_id": "sub"}),
+        ("PreToolUse", {"tool_name": "Read"}),
+        ("PreToolUse", {"tool_name": "Bash", "agent_id": "sub"}),
+        ("SessionStart", {"source": "startup"}),
+        ("Notification", {"notification_type": "idle_prompt"}),
+        ("Notification", {"notification_type": "agent_needs_input"}),
+        ("SessionEnd", {"reason": "clear"}),
+    ],
+)
+def test_what_does_not(mind, event, payload):
+    mind.asks()
+    assert mind.hook(event, **payload) == "blocked:permission"
+
+
+def test_our_own_answer_ends_it(mind):
+    mind.asks()
+    assert mind.take("decided", tool_use_id="toolu_1") == "working"
+
+
+def test_a_key_at_the_terminal_may_have_been_the_answer(mind):
+    mind.asks()
+    assert mind.take("typed", by="hub") == "blocked:permission"
+    assert mind.take("typed", by="terminal") == "working"
+    name = "claude/2.1.220-blocked_permission-bash"
+    assert mind.screen(name, looks=1) == "working"
+    assert mind.screen(name, looks=1) == "blocked:permission"  # it was not
+
+
+@pytest.mark.parametrize(
+    "kind", ["permission_prompt", "agent_needs_input", "elicitation_dialog", "unheard_of"]
+)
+def test_a_notice_after_the_turn_raises_nothing(mind, kind):
+    mind.hook("UserPromptSubmit", prompt="x")
+    mind.hook("Stop")
+    assert mind.hook("Notification", notification_type=kind) == "idle"
+
+
+def test_a_notice_alone_is_better_than_nothing(mind):
+    mind.hook("UserPromptSubmit", prompt="x")
+    said = mind.hook("Notification", notification_type="permission_prompt", message="Bash?")
+    assert (said, mind.state["reason"]) == ("blocked:permission", "Bash?")
+
+
+def test_a_late_start_or_tool_resets_nothing(mind):
+    mind.hook("UserPromptSubmit", prompt="x")
+    assert mind.hook("SessionStart", source="startup") == "working"
+    mind.hook("Stop")
+    assert mind.hook("PostToolUse", tool_name="Bash") == "idle"
+    for reason in ("clear", "resume"):
+        mind.hook("UserPromptSubmit", prompt="x")
+        assert mind.hook("SessionEnd", reason=reason) == "working"
+    assert mind.hook("SessionEnd", reason="logout") == "idle"
+
+
+def test_a_turn_that_leaves_work_behind_says_so(mind):
+    mind.hook("UserPromptSubmit", prompt="x")
+    assert mind.hook("Stop", background_tasks=[{}], session_crons=[{}]) == "idle"
+    assert mind.state["reason"] == "its turn is over, 2 in the background go on"
+
+
+def test_a_stop_without_a_hook_is_seen_after_a_while(mind):
+    mind.hook("UserPromptSubmit", prompt="x")
+    assert mind.screen("claude/2.1.220-idle") == "working"
+    mind.now += agent.SILENT_STOP_S
+    assert mind.screen("claude/2.1.220-working") == "working"
+    assert mind.screen("claude/2.1.220-idle", looks=1) == "working"
+    assert mind.screen("claude/2.1.220-idle", looks=1) == "idle"
+
+
+def test_a_dialog_no_hook_has_told_of(mind):
+    mind.hook("UserPromptSubmit", prompt="x")
+    name = "claude/2.1.220-blocked_trust"
+    assert mind.screen(name, looks=1) == "working"
+    assert mind.screen(name, looks=1) == "blocked:trust"
+    assert mind.screen("claude/2.1.220-working") == "working"
+
+
+def test_a_dialog_that_is_gone_was_answered(mind):
+    mind.asks()
+    assert mind.screen("claude/2.1.220-working", looks=1) == "blocked:permission"
+    assert mind.screen("claude/2.1.220-working", looks=1) == "working"
+    mind.asks(use="toolu_2")
+    assert mind.screen("claude/2.1.220-idle") == "idle"
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "reason"),
+    [
+        ("claude/2.1.220-quota", "quota", "reset at 3pm"),
+        ("claude/2.1.220-error", "error", "API Error: 401"),
+        ("codex/0.140.0-quota", "quota", "try again at 3:05 PM"),
+        ("aider/0.86.1-error", "error", "AuthenticationError"),
+    ],
+)
+def test_limits_and_errors_are_read_with_their_words(name, state, reason):
+    mind = Mind(name.partition("/")[0])
+    assert mind.screen(name) == state
+    assert reason in mind.state["reason"]
+
+
+def test_without_hooks_the_title_speaks_before_the_screen():
+    mind = Mind("gemini")
+    assert mind.take("title", title="✦  Working…") == "working"
+    assert mind.screen("gemini/0.20.0-idle") == "working"
+    assert mind.take("title", title="✋  Action Required") == "blocked:permission"
+    assert mind.take("title", title="◇  Ready") == "idle"
+    assert mind.take("title", title="project") == "idle"
+
+
+def test_hooks_speak_before_the_title(mind):
+    mind.take("title", title="✳ Ready")
+    assert mind.state["activity"] == "idle"
+    mind.hook("UserPromptSubmit", prompt="x")
+    assert mind.take("title", title="✳ Ready") == "working"
+
+
+def test_an_agent_of_screens_alone():
+    mind = Mind("aider")
+    for name, state in (
+        ("aider/0.86.1-idle", "idle"),
+        ("aider/0.86.1-working", "working"),
+        ("aider/0.86.1-blocked_permission-shell", "blocked:permission"),
+        ("aider/0.86.1-working", "working"),
+    ):
+        assert mind.screen(name) == state
+
+
+def test_silence_is_said_as_that(mind):
+    assert mind.take("tick") == "no_signal"
+    mind.now += agent.HOOKS_EXPECTED_S
+    assert mind.take("tick") == "no_signal"
+    assert "should have spoken" in mind.state["reason"]
+    unknown = Mind("nothing")
+    assert unknown.take("tick") == "no_signal"
+    assert unknown.state["reason"] == "nothing tells what this program does"
+    assert Mind("command").take("tick") == "working"
+
+
+@pytest.mark.parametrize(
+    "line", ["Continue? [y/N] ", "[sudo] password for me: ", "Overwrite (yes/no)?"]
+)
+def test_a_program_without_a_profile_may_ask(line):
+    mind = Mind("nothing")
+    for _ in range(2):
+        mind.take("screen", lines=["$ tool", line])
+    assert mind.state["activity"] == "waiting_input"
+
+
+def test_the_reason_can_be_explained(mind):
+    mind.asks()
+    mind.take("title", title="⠂ x")
+    said = {s["name"]: s for s in agent.explain(CLAUDE, mind.state, mind.now)}
+    assert [n for n, s in said.items() if s["decided"]] == ["hook PermissionRequest"]
+    assert [n for n, s in said.items() if s["silent"]] == ["hook SessionStart", "screen"]
+    assert said["hook PermissionRequest"]["says"] == "Bash"
+    assert said["title"]["says"] == "working"
+
+
+TEXT = st.sampled_from(["", "Bash", "toolu_1", "idle_prompt", "clear", "x"])
+SIGNALS = st.one_of(
+    st.fixed_dictionaries(
+        {
+            "kind": st.just("hook"),
+            "event": st.sampled_from([h["event"] for h in CLAUDE["hooks"]] + ["Unknown"]),
+            "payload": st.dictionaries(
+                st.sampled_from(["tool_name", "tool_use_id", "notification_type", "reason"]), TEXT
+            ),
+        }
+    ),
+    st.fixed_dictionaries({"kind": st.just("title"), "title": st.sampled_from(["✳ x", "⠂ x", ""])}),
+    st.fixed_dictionaries(
+        {
+            "kind": st.just("screen"),
+            "lines": st.sampled_from([screen(p)[1] for p in FILES if p.parent.name == "claude"]),
+        }
+    ),
+    st.fixed_dictionaries({"kind": st.just("typed"), "by": st.sampled_from(["terminal", "hub"])}),
+    st.fixed_dictionaries({"kind": st.just("decided"), "tool_use_id": TEXT}),
+    st.just({"kind": "tick"}),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(SIGNALS, max_size=30))
+def test_whatever_comes_the_activity_is_a_known_one(signals):
+    mind = Mind()
+    for signal in signals:
+        assert mind.take(**signal) in agent.STATES
+        assert mind.state["reason"] is not None
+    mind.hook("Stop")
+    assert mind.state["activity"] == "idle"
+
+
+# ── profiles ──────────────────────────────────────────────────────────────────────────────────
+
+PLACES = {
+    "files",
+    "prompt_file",
+    "conversation",
+    "model",
+    "mode",
+    "session_id",
+    "directory",
+    "hook",
+}
+
+
+@pytest.mark.parametrize("name", sorted(PROFILES))
+def test_a_profile_can_be_used(name):
+    profile = PROFILES[name]
+    agent.check_profile(profile)
+    assert profile["name"] == name
+    events = {hook["event"] for hook in profile.get("hooks") or ()}
+    assert set(profile.get("answers") or ()) <= events
+    assert set(profile.get("unsafe_modes") or ()) <= set(profile.get("modes") or ())
+
+
+def test_the_documented_example_is_a_profile_and_every_key_is_documented():
+    page = (ROOT / "docs" / "profiles.md").read_text()
+    example = page.split("```yaml\n")[1].split("```")[0]
+    agent.check_profile(yaml.safe_load(example))
+    missing = [key for key in agent.PROFILE_KEYS if f"`{key}`" not in page]
+    assert not missing
+    assert not [place for place in PLACES if f"`{{{place}}}`" not in page]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"colour": 1}, "unknown keys: colour"),
+        ({"start": "magic"}, "`start` must be"),
+        ({"argv": None}, "`argv` is missing"),
+        ({"titles": [{"state": "dancing", "regex": "x"}]}, "unknown state 'dancing'"),
+        ({"titles": [{"state": "idle", "regex": "("}]}, "no regular expression"),
+        ({"keys": {"allow": [{"label": "["}]}}, "no regular expression"),
+    ],
+)
+def test_a_profile_that_cannot_be_used_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        agent.check_profile(CLAUDE | change)
+
+
+def launch(tmp_path, profile="claude", **order):
+    return agent.Launch(tmp_path / "s", {"session_id": "s-1"} | order, PROFILES[profile])
+
+
+def test_an_agent_is_started_with_what_was_given(tmp_path):
+    argv = launch(tmp_path).argv()
+    assert argv[:2] == ["claude", "--settings"] and "--model" not in argv
+    assert argv[-2] == "--session-id"
+    argv = launch(tmp_path, model="opus", mode="plan", prompt="Do it").argv()
+    assert argv[argv.index("--model") + 1] == "opus"
+    assert argv[argv.index("--permission-mode") + 1] == "plan"
+    assert str(tmp_path / "s" / "files" / "prompt.md") in argv[-1]
+    argv = launch(tmp_path, resume="c-1").argv()
+    assert argv[argv.index("--resume") + 1] == "c-1"
+
+
+def test_a_mode_or_resumption_it_does_not_know_is_refused(tmp_path):
+    with pytest.raises(agent.AgentError, match="has no mode dance"):
+        launch(tmp_path, mode="dance")
+    with pytest.raises(agent.AgentError, match="cannot take up a conversation again"):
+        launch(tmp_path, profile="gemini", resume="c-1").argv()
+
+
+@pytest.mark.parametrize("name", sorted(n for n, p in PROFILES.items() if p["start"] == "agent"))
+def test_its_files_are_private_and_filled_in(tmp_path, name):
+    made = launch(tmp_path / "with space", profile=name, prompt="Do {spec} it", model="m")
+    made.files.parent.mkdir(parents=True)
+    made.write()
+    for path in (p for p in made.files.parent.rglob("*") if p.is_file()):
+        assert path.stat().st_mode & 0o077 == 0
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        assert not [place for place in PLACES if f"{{{place}}}" in path.read_text()]
+    assert (made.files / "prompt.md").read_text() == "Do {spec} it"
+    words = " ".join([*made.argv(), *made.env.values()])
+    assert not [place for place in PLACES if f"{{{place}}}" in words]
