@@ -3466,6 +3466,10 @@ def call_of(session_id, profile, payload):
     }
 
 
+# Dialogs on the screen that are asked from afar, and the tool they are about if none is named.
+ASKED = {"permission": "unknown", "trust": "trust"}
+
+
 class Requests:
     """Permission requests of coding agents: from hooks and from dialogs on the screen, to the hub
     and back."""
@@ -3670,9 +3674,10 @@ class Requests:
                 self._save()
             elif request.fingerprint != mark and time.time() - request.since > 2:
                 self.end(request, "in the terminal")
-        if not dialog or dialog["kind"] != "permission" or self._is_known(ours, mark):
+        if not dialog or dialog["kind"] not in ASKED or self._is_known(ours, mark):
             return
-        payload = {"tool_name": dialog.get("tool") or "unknown", "subject": dialog["subject"]}
+        tool = dialog.get("tool") or ASKED[dialog["kind"]]
+        payload = {"tool_name": tool, "subject": dialog["subject"]}
         payload["tool_input"] = {"text": dialog["text"], "subject": dialog["subject"]}
         with self.lock:
             self._begin(session, str(uuid.uuid4()), "screen", payload, mark)

@@ -86,6 +86,7 @@ def _requested(event: dict) -> str:
     return f"asks to use {said['tool']}: {_brief(said['subject'])}"
 
 
+PERMISSION_SHAPES = {"denied": ("cross", "bad"), "withdrawn": ("slash", "quiet")}
 SCOPES = {"session": " (for the session)", "always": " (always)"}
 
 
@@ -172,4 +173,6 @@ def said(event: dict) -> str:
 
 
 def shape_of(event: dict) -> tuple[str, str]:
+    if event["details"].get("status") in PERMISSION_SHAPES:
+        return PERMISSION_SHAPES[event["details"]["status"]]
     return WORDS.get(event["type"], ("square", "quiet", ""))[:2]

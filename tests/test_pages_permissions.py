@@ -3,14 +3,17 @@
 import uuid
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
 import pages_permissions
 from browsing import live, press
+from test_pages_access import LOOKS, RULES
 from test_pages_browser import forgive
 from test_pages_settings import person
 from test_wire import Agent
 
+PLAN = "# Plan\n\n1. [read](https://e.org/)\n\n|a|b|\n|-|-:|\n|1|2|\n\n> so `be` it\n\n    code\n"
 PUSH = {"command": "git push origin main", "description": "Push the branch"}
 
 
@@ -216,6 +219,96 @@ def test_alerts_are_read_and_dismissed(worker, page):
     assert worker.hub.api("GET", "alerts?status=open") == {"alerts": []}
 
 
+# ── where sessions, tasks and projects speak of it ────────────────────────────────────────────
+
+
+def test_a_session_says_why_it_is_said_to_do_what_it_does(shop, page):
+    worker = Worker(shop, mode="bypassPermissions")
+    signals = [
+        {"name": "hook Stop", "says": "its turn is over", "at": 1.8e9, "decided": True},
+        {"name": "title", "says": None, "at": None, "silent": True, "decided": False},
+    ]
+    page.goto("/sessions")
+    row = page.locator(f"#session-{worker.session}")
+    expect(row).to_contain_text("bypassPermissions")
+    page.goto(f"/sessions/{worker.session}")
+    live(page)
+    worker.say("session_activity", state="idle", reason="its turn is over", signals=signals)
+    expect(page.get_by_text("Nothing is asked in this mode")).to_be_visible()
+    page.get_by_text("Why it says so").click()
+    table = page.get_by_role("table", name="Signals")
+    expect(table.locator("tbody tr").first).to_contain_text("hook Stop · decides")
+    expect(table.locator("tbody tr").last).to_contain_text("silent")
+
+
+def test_a_task_keeps_its_questions_requests_and_rounds_of_plans(shop, page):
+    worker = Worker(shop, require_plan=True)
+    made = f"tasks/{worker.task}"
+    shop.api("POST", f"{made}/plan", {"plan": "# First\n\n<img src=x onerror=alert(1)>"})
+    shop.api("POST", f"{made}/plan/revise", {"feedback": "Say how it is tested."})
+    shop.api("POST", f"{made}/plan", {"plan": "Second, with *tests*"})
+    shop.api("POST", f"{made}/plan/approve", {})
+    asked = shop.api("POST", f"{made}/help", {"question": "Which port?"})
+    shop.api("POST", f"interventions/{asked['id']}/respond", {"response": "8080"})
+    request_id = worker.ask()
+    shop.api("POST", f"permissions/{request_id}/decide", {"decision": "deny", "reason": "later"})
+    page.goto(f"/{made}")
+    questions = page.get_by_role("region", name="Questions")
+    expect(questions).to_contain_text("8080")
+    expect(questions).to_contain_text("on its way to the session's terminal")
+    told = {"kind": "typed", "command": "intervention_response", "intervention_id": asked["id"]}
+    worker.say("agent_event", **told)
+    page.reload()
+    expect(questions).to_contain_text("typed into the session's terminal")
+    expect(page.get_by_role("region", name="Permissions")).to_contain_text("by admin: later")
+    plans = page.get_by_role("region", name="Plan", exact=True)
+    expect(plans.locator("em")).to_have_text("tests")
+    plans.get_by_text("Version 1").click()
+    expect(plans).to_contain_text("Say how it is tested.")
+    expect(plans.get_by_role("heading", name="First")).to_be_visible()
+    expect(plans.locator("img")).to_have_count(0)
+
+
+def test_a_task_is_made_for_a_coding_agent_its_model_and_mode(shop, page):
+    page.goto("/tasks/new")
+    page.get_by_label("Title").fill("Write the parser")
+    page.get_by_label("Worker", exact=True).select_option("claude")
+    page.get_by_label("Model").fill("opus")
+    page.get_by_label("Permission mode").select_option("acceptEdits")
+    page.get_by_role("button", name="Create task").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Write the parser")
+    [made] = shop.api("GET", "tasks")["tasks"]
+    assert (made["profile"], made["model"], made["mode"]) == ("claude", "opus", "acceptEdits")
+    page.get_by_role("link", name="Change", exact=True).click()
+    page.get_by_label("Model").fill("")
+    page.get_by_label("Permission mode").select_option("plan")
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator("main")).to_contain_text("claude · plan")
+    changed = shop.api("GET", f"tasks/{made['id']}")
+    assert (changed["profile"], changed["model"], changed["mode"]) == ("claude", None, "plan")
+
+
+def test_a_project_has_its_own_prompt_and_a_wrong_one_is_refused_at_its_field(shop, page, problems):
+    page.goto("/projects")
+    live(page).get_by_text("Change", exact=True).click()
+    page.get_by_label("Worker of tasks that name none").select_option("codex")
+    page.get_by_label("Model of its coding agent").fill("o9")
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.locator(".cards")).to_contain_text("codex · o9")
+    prompt = page.get_by_label("Prompt of its workers")
+    prompt.fill("Do {{ spec }} for {{ nobody }}. {{ report }}")
+    page.get_by_role("button", name="Save the prompt").click()
+    expect(page.get_by_role("alert").filter(has_text="unknown names (nobody)")).to_be_visible()
+    forgive(problems, 422)
+    prompt.fill("Do {{ spec }}. {{ report }}")
+    page.get_by_role("button", name="Save the prompt").click()
+    expect(page.get_by_role("alert").filter(has_text="nobody")).to_have_count(0)
+    page.reload()
+    expect(page.locator("textarea[name=prompt]")).to_have_value("Do {{ spec }}. {{ report }}")
+    [stands] = shop.api("GET", "projects")["projects"]
+    assert stands["settings"] == {"model": "o9", "prompt": "Do {{ spec }}. {{ report }}"}
+
+
 # ── rules and the log ─────────────────────────────────────────────────────────────────────────
 
 
@@ -260,7 +353,7 @@ def test_a_rule_that_cannot_be_is_refused_at_its_form(shop, page, problems):
     forgive(problems, 422)
 
 
-def test_the_log_is_filtered_and_paged(worker, page, monkeypatch):
+def test_the_log_is_filtered_and_paged(worker, page):
     for number in range(3):
         worker.ask(given={"command": f"make step{number}"})
     denied = worker.ask("WebFetch", {"url": "https://example.org/"})
@@ -274,6 +367,33 @@ def test_the_log_is_filtered_and_paged(worker, page, monkeypatch):
     expect(page.locator(".requests li")).to_have_count(1)
     page.goto("/permissions?session=" + worker.session + "&q=none+of+it")
     expect(page.get_by_text("Nothing fits")).to_be_visible()
+
+
+# ── for everybody ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_axe_finds_nothing_where_requests_wait(shop, open_browser, look):
+    worker = Worker(shop, mode="bypassPermissions", require_plan=True)
+    shop.api("POST", f"tasks/{worker.task}/plan", {"plan": PLAN})
+    worker.ask("Edit", {"file_path": "/a.py", "old_string": "a\nb", "new_string": "a\nc"})
+    worker.ask("Write", {"file_path": "/b.py", "content": "line\n" * 50})
+    worker.ask(given={"command": "echo 1\n" * 50}, via="screen")
+    granted, refused = worker.ask(), worker.ask(given={"command": "x" * 400})
+    shop.api("POST", f"permissions/{granted}/decide", {"decision": "allow", "scope": "session"})
+    shop.api("POST", f"permissions/{refused}/decide", {"decision": "deny", "reason": "no"})
+    worker.say("agent_event", kind="not_delivered", command="permission_answer", why="it ended")
+    worker.say("session_activity", state="idle", signals=[{"name": "title", "silent": True}])
+    page = open_browser(**LOOKS[look])
+    found = []
+    for address in ("inbox", "rules", "permissions", f"sessions/{worker.session}", "sessions"):
+        page.goto(f"/{address}")
+        live(page)
+        page.evaluate("document.querySelectorAll('main details').forEach((d) => (d.open = true))")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), address
+        answer = Axe().run(page, options=RULES)
+        found += [(address, v["id"], v["nodes"][0]["html"]) for v in answer.response["violations"]]
+    assert not found
 
 
 # ── without a browser ─────────────────────────────────────────────────────────────────────────
