@@ -47,6 +47,7 @@ format: $(VENV)/dev
 bench: $(VENV)/dev
 	$(PY) benchmarks/cascade.py
 	$(PY) benchmarks/sockets.py
+	$(PY) benchmarks/answers.py
 
 vendor:
 	@scripts/need.sh npm=npm

@@ -2266,13 +2266,11 @@ class Sessions:
             terminal.settle(session.tmux_name)
             before = self._ready_for_typing(session)
             self._refuse_dialog(session, profile)
-            if text:
-                terminal.paste(session.tmux_name, text)
-                self._wait_for_text(session, before)
+            pasted = self._paste(session, profile, text, before) if text else None
             # A byte, not the key's name: "Enter" is not submitted by every tmux.
             terminal.send(session.tmux_name, b"\r")
-            if text and profile.get("draft"):
-                self._see_submitted(session, profile["draft"])
+            if pasted:
+                self._see_submitted(session, profile, pasted)
         self._look_soon(session)
 
     def _refuse_dialog(self, session, profile):
@@ -2286,14 +2284,32 @@ class Sessions:
                 f"The session waits at a prompt ({state}): answer that first; nothing was typed."
             )
 
-    def _see_submitted(self, session, draft):
+    def _draft(self, session, profile):
+        """What stands in the prompt box; it may be a hint that nobody has typed."""
+        lines = self.terminal(session).screen(session.tmux_name)
+        return draft_of(profile["draft"], lines) if profile.get("draft") else ""
+
+    def _paste(self, session, profile, text, before):
+        """Paste the text and wait until it is there; what stands in the prompt box then, "" where
+        that cannot be seen."""
+        was = self._draft(session, profile)
+        self.terminal(session).paste(session.tmux_name, text)
+        deadline = time.monotonic() + self.settings.typing_limit_s / 4
+        while profile.get("draft") and time.monotonic() < deadline:
+            now = self._draft(session, profile)
+            if now not in ("", was):
+                return now
+            time.sleep(0.01)
+        self._wait_for_text(session, before)
+        return ""
+
+    def _see_submitted(self, session, profile, pasted):
         """Wait until the prompt box is empty; Enter again while the text visibly stays there.
         Raises AgentError when it stays."""
         start = time.monotonic()
         again = start + 0.5
         while time.monotonic() - start < self.settings.typing_limit_s:
-            lines = self.terminal(session).screen(session.tmux_name)
-            if not draft_of(draft, lines):
+            if self._draft(session, profile) != pasted:
                 return
             if time.monotonic() > again:
                 self.terminal(session).send(session.tmux_name, b"\r")
