@@ -14,6 +14,7 @@ acknowledged); `Outgoing` is all that waits to be sent. A carrier needs only `Ag
 
 Errors:  AgentError (exit 1)
          +- TmuxError
+         +- DialogOpen
          +- HubError            the hub answered with an error
             +- HubUnreachable   it did not answer, or not sensibly (exit 3)
 
@@ -133,6 +134,10 @@ class AgentError(Exception):
 
 class TmuxError(AgentError):
     """tmux refused or failed."""
+
+
+class DialogOpen(AgentError):
+    """A dialog is on the screen, which would take what is typed for keys: nothing was typed."""
 
 
 class HubError(AgentError):
@@ -626,6 +631,10 @@ class Store:
     def begin(self, epoch, command_id):
         """Note that typing for this command begins: from here on it is not repeated."""
         self._mark(epoch, command_id, "UPDATE journal SET state = 'begun'")
+
+    def put_back(self, epoch, command_id):
+        """Nothing was typed after all: it is tried again."""
+        self._mark(epoch, command_id, "UPDATE journal SET state = 'received'")
 
     def done(self, epoch, command_id):
         # The frame goes: it may hold a session's key.
@@ -2280,7 +2289,7 @@ class Sessions:
         lines = self.terminal(session).screen(session.tmux_name)
         state = (read_screen(profile, lines) or {}).get("state") or ""
         if state.startswith("blocked"):
-            raise AgentError(
+            raise DialogOpen(
                 f"The session waits at a prompt ({state}): answer that first; nothing was typed."
             )
 
@@ -4034,7 +4043,8 @@ class Mail:
                 self.waiting[session_id].remove(frame)
                 if not self.waiting[session_id]:
                     del self.waiting[session_id]
-            self._say(frame)
+            if not self._say(frame):
+                return
 
     def _due(self, session_id):
         """The first frame whose moment has come."""
@@ -4066,7 +4076,8 @@ class Mail:
         return self.agent.activities.profile(session).get("start") == "agent"
 
     def _say(self, frame):
-        """Type it; a crash from here on leaves it unknown, never repeated."""
+        """Type it; False when it must wait. A crash from here on leaves it unknown, never
+        repeated."""
         agent = self.agent
         agent.store.begin(frame["epoch"], frame["id"])
         session = agent.sessions.all.get(frame["session_id"])
@@ -4081,9 +4092,15 @@ class Mail:
             )
             agent.activities.signal(session, "typed", by="hub")
             self._typed(frame)
+        except DialogOpen:  # seen only now
+            agent.store.put_back(frame["epoch"], frame["id"])
+            with self.lock:
+                self.waiting[frame["session_id"]].insert(0, frame)
+            return False
         except AgentError as error:
             agent._not_delivered(frame, "not_delivered", str(error))
         self._done(frame)
+        return True
 
     def _typed(self, frame):
         if frame.get("intervention_id"):

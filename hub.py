@@ -75,6 +75,7 @@ SETTINGS = (
     ("poll_silence_s", 40.0, "silence of the poll after which sessions are disconnected"),
     ("grace_s", 15.0, "how long a recovered session is watched before it is active, in seconds"),
     ("lost_after_s", 900.0, "absence after which a server's tasks are given to others"),
+    ("claim_s", 20.0, "how long an answer is kept for a call that waits for it, in seconds"),
     ("stuck_after_s", 1800.0, "a worker without progress for so long is an alert, in seconds"),
     ("tick_s", 5.0, "how often silence is looked for, in seconds"),
     ("due_s", 1.0, "how often retries and timeouts are looked for, in seconds"),
@@ -159,6 +160,7 @@ def create_app(settings: dict) -> APIFlask:
     servers.HEARTBEAT_S = settings["heartbeat_s"]
     servers.LOST_AFTER_S = settings["lost_after_s"]
     auth.REGISTRATION_S = settings["registration_s"]
+    inbox.CLAIM_S = settings["claim_s"]
     servers.begin()
     sockets.links.reset()
     terminals.streams.reset()

@@ -12,6 +12,7 @@ from conftest import cookie, wait_until
 from standin import happened
 from test_humans import GIT, help_step, stand  # noqa: F401
 
+pytestmark = pytest.mark.hub(grace_s=1.0)
 WORDS = "JWT with refresh tokens"
 
 

@@ -191,6 +191,7 @@ def test_a_question_without_an_answer_says_how_to_go_on(team):
     played(scene)
 
 
+@pytest.mark.hub(claim_s=2.0)
 def test_the_answer_to_a_call_that_was_given_up_is_typed(team):
     _, key = team.worker()
     pending = "interventions?status=pending"
