@@ -315,15 +315,18 @@ class Agent:
             self.turn(message)
 
     def turn(self, message: str) -> None:
-        self.screen.busy = "Brewing"
-        self.hooks.run({"gemini": "BeforeAgent"}.get(self.kind, "UserPromptSubmit"), prompt=message)
-        self.screen.draw()
+        self.begin(message)
         steps, self.steps = self.steps, []
         for step in steps:
             if self.step(step):
                 break
         else:
             self.stop()
+
+    def begin(self, message: str) -> None:
+        self.screen.busy = "Brewing"
+        self.hooks.run({"gemini": "BeforeAgent"}.get(self.kind, "UserPromptSubmit"), prompt=message)
+        self.screen.draw()
 
     def stop(self) -> None:
         self.screen.busy = ""
@@ -345,8 +348,7 @@ class Agent:
             time.sleep(step["work"])
         elif "wait" in step:
             self.stop()
-            self.messages.get()
-            self.screen.busy = "Brewing"
+            self.begin(self.messages.get())
         elif "quota" in step:
             self.screen.banner, self.screen.busy = step["quota"], ""
             self.hooks.run("StopFailure", error=step["quota"])
