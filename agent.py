@@ -3463,6 +3463,10 @@ class Rules:
     def etag(self):
         return self.kept.get("etag")
 
+    def main_parameter(self, tool):
+        """The field of a tool's input that patterns are about."""
+        return self.engine.main_parameter(tool) if self.engine else "command"
+
     def judge(self, request):
         """The engine's verdict; it asks when there are no rules yet."""
         if self.engine is None:
@@ -3703,7 +3707,8 @@ class Requests:
             return
         tool = dialog.get("tool") or ASKED[dialog["kind"]]
         payload = {"tool_name": tool, "subject": dialog["subject"]}
-        payload["tool_input"] = {"text": dialog["text"], "subject": dialog["subject"]}
+        name = self.rules.main_parameter(tool)
+        payload["tool_input"] = {name: dialog["subject"], "screen": dialog["text"]}
         with self.lock:
             self._begin(session, str(uuid.uuid4()), "screen", payload, mark)
 

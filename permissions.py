@@ -67,7 +67,8 @@ def requested(tx: Transaction, caller: Caller, session: dict, frame: dict) -> No
         asked |= {"status": DECISIONS[frame["decision"]], "decided_at": tx.now}
         return _log(tx, session, asked)
     verdict = _judge(session, asked)
-    if verdict["decision"] == "ask":
+    # A screen may not show all of a command: by that a rule denies, but only a person allows.
+    if verdict["decision"] == "ask" or (verdict["decision"], asked["via"]) == ("allow", "screen"):
         return _wait(tx, caller, session, asked)
     rule, grant = verdict["rule"], verdict["grant"]
     asked |= {
@@ -555,9 +556,10 @@ def remove_rule(caller: Caller, rule_id: str) -> None:
 
 
 def _rule(caller: Caller, rule_id: str) -> dict:
-    found = rows("SELECT * FROM rule WHERE id LIKE ? || '%' LIMIT 2", (rule_id,))
+    wanted = rule_id.strip().lower()
+    found = rows("SELECT * FROM rule WHERE id >= ? AND id < ? LIMIT 2", (wanted, wanted + "g"))
     seen = [r for r in found if r["project_id"] is None or can(caller, "read", r["project_id"])]
-    if len(seen) != 1 or len(rule_id) < 4:
+    if len(seen) != 1 or len(wanted) < 4:
         raise NotFound(f"There is no rule {rule_id!r}, or more than one begins so: list them.")
     return seen[0]
 

@@ -25,7 +25,8 @@ def capture(argv: list[str]) -> list[str]:
     project.mkdir()
     subprocess.run(["git", "init", "-q", str(project)], check=True)
     tmux = ["tmux", "-S", str(folder / "s"), "-f", "/dev/null"]
-    env = {"HOME": str(folder), "PATH": os.environ["PATH"], "TERM": "xterm-256color", "LANG": "C.UTF-8"}
+    env = {"HOME": str(folder), "PATH": os.environ["PATH"]}
+    env |= {"TERM": "xterm-256color", "LANG": "C.UTF-8"}
     alone = ["unshare", "--net", "--map-root-user"] if shutil.which("unshare") else []
     try:
         start = ["new-session", "-d", "-x", "120", "-y", "40", "-c", str(project), "--"]
@@ -34,7 +35,8 @@ def capture(argv: list[str]) -> list[str]:
     finally:
         subprocess.run([*tmux, "kill-server"], capture_output=True)
         shutil.rmtree(folder, ignore_errors=True)
-    return [line.replace(str(project), "/work/project").replace(str(folder), "/home/dev") for line in lines]
+    said = "\n".join(lines).replace(str(project), "/work/project")
+    return said.replace(str(folder), "/home/dev").split("\n")
 
 
 def settled(tmux: list[str]) -> list[str]:

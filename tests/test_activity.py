@@ -72,6 +72,11 @@ def test_no_key_is_pressed_where_no_dialog_is():
         assert agent.keys_for(CLAUDE, shown(name), "allow") is None
     edit = shown("claude/2.1.220-blocked_permission-edit")
     assert agent.keys_for(CLAUDE, edit, "always") is None  # it does not offer that
+    codex = PROFILES["codex"]
+    lasting = shown("codex/0.140.0-blocked_permission")
+    assert agent.keys_for(codex, lasting, "session") is None  # its own rules would keep it
+    for answer in ("session", "always"):
+        assert agent.keys_for(codex, shown("codex/0.140.0-blocked_trust"), answer) is None
 
 
 # ── the reducer ───────────────────────────────────────────────────────────────────────────────
@@ -248,6 +253,8 @@ def test_a_dialog_that_is_gone_was_answered(mind):
         ("claude/2.1.220-quota", "quota", "reset at 3pm"),
         ("claude/2.1.220-error", "error", "API Error: 401"),
         ("codex/0.140.0-quota", "quota", "try again at 3:05 PM"),
+        ("gemini/0.61.0-quota", "quota", "resets at 3:40 PM"),
+        ("aider/0.86.1-quota", "quota", "try again in 20s"),
         ("aider/0.86.1-error", "error", "AuthenticationError"),
     ],
 )

@@ -304,6 +304,13 @@ def test_what_the_server_has_denied_by_its_copy_is_logged(shop):
     assert answers(shop) == []
 
 
+def test_what_is_read_off_a_screen_is_denied_by_a_rule_but_allowed_by_people_alone(shop):
+    rule(shop, "allow", "git push")
+    rule(shop, "deny", "rm -rf *")
+    shown, hostile = ask(shop, via="screen"), ask(shop, "rm -rf /", via="screen")
+    assert [asked(shop, r)["status"] for r in (shown, hostile)] == ["pending", "denied"]
+
+
 def test_a_grant_holds_for_the_session_and_exactly_that_call(shop):
     permissions.decide(shop.olga, ask(shop), "allow", scope="session")
     again, other = ask(shop), ask(shop, "git push --force")
