@@ -2892,7 +2892,8 @@ def signal_process(pid, number):
 
 # What a program does is read from signals in this order of trust: what its hooks say, its title,
 # its screen. Silence never means that it has finished. All of it is data of the profile:
-#   hooks    [{event, state, by_tool, by_type, settles, backup, request, guards, ignore, expected}]
+#   hooks    [{event, state, by_tool, by_type, by_error, settles, backup, request, guards, ignore,
+#             expected}]
 #   titles   [{state, regex}]                              the first that fits
 #   screens  [{id, state, last, below, all, any, none, dialog}]     the first that fits
 #   keys     {allow | session | always | deny: [{label, press, when}]}
@@ -2901,6 +2902,7 @@ SILENT_STOP_S = 20  # a hook said it works, the screen shows an empty prompt: it
 HOOKS_EXPECTED_S = 60  # after the start; then it is said that they are silent
 EDGE = re.compile(r"^[\s│┃|╭╰╮╯─━┌└┐┘]+|[\s│┃|╮╯┐┘─━]+$")
 OPTION = r"^\W{0,4}(\d+)[.)]\s+(.*?)\s*$"
+SAID_BY = {"by_tool": "tool_name", "by_type": "notification_type", "by_error": "error"}
 
 # For programs that no profile tells anything of: they ask something, which is safe to answer.
 GENERIC_SCREENS = (
@@ -2927,7 +2929,7 @@ def start_state(at):
         "since": at,
         "began": at,
         "heard": {},  # {source: [what it said, when]}
-        "blocked": None,  # {tool, tool_use_id} of the dialog a hook has announced
+        "blocked": None,  # `call_mark` of the dialog a hook has announced
         "stopped": False,  # its turn is over, and nothing new was asked of it
         "looks": ["", 0],  # what the screen showed, at how many looks running
     }
@@ -2973,13 +2975,12 @@ def _by_hook(profile, state, signal):
     if hook.get("backup"):
         return _by_notification(state, said, payload, name, at)
     if said.startswith("blocked"):
-        blocked = {"tool": tool, "tool_use_id": payload.get("tool_use_id")}
         reason = f"{tool or 'it'} waits for an answer"
-        return _now(state, said, reason, name, at, blocked=blocked, stopped=False)
+        return _now(state, said, reason, name, at, blocked=call_mark(payload), stopped=False)
     if is_blocked(state) and not _settles(hook, state, payload):
         return state  # another tool beside the one that waits
-    if state["stopped"] and hook.get("settles") == "tool":
-        return state  # it comes late: what follows a turn begins with a prompt
+    if state["stopped"] and (hook.get("settles") == "tool" or payload.get("agent_id")):
+        return state  # late, or of a sub-agent left behind: a turn begins with a prompt
     if hook.get("settles") == "all" and said != "working":
         return _now(state, said, _why_stopped(said, payload), name, at, blocked=None, stopped=True)
     reason = f"uses {tool}" if tool else "works on what it was told"
@@ -2988,31 +2989,57 @@ def _by_hook(profile, state, signal):
 
 def _said_by(hook, payload):
     """The activity a hook speaks of, None for none."""
-    by_tool, by_type = hook.get("by_tool") or {}, hook.get("by_type") or {}
-    if by_type:
-        return by_type.get(payload.get("notification_type"), hook.get("state"))
-    return by_tool.get(payload.get("tool_name"), hook.get("state"))
+    for by, field in SAID_BY.items():
+        if hook.get(by):
+            return hook[by].get(str(payload.get(field)), hook.get("state"))
+    return hook.get("state")
+
+
+def call_mark(payload):
+    """A tool call as it is known again: {tool, tool_use_id, agent_id, input: {name: hash}}. What
+    asks for permission carries no id (Claude Code 2.1.221, Codex 0.145), so its input must do."""
+    given = payload.get("tool_input")
+    given = given if isinstance(given, dict) else {}
+    return {
+        "tool": payload.get("tool_name"),
+        "tool_use_id": payload.get("tool_use_id"),
+        "agent_id": payload.get("agent_id"),
+        "input": {name: _hash(value) for name, value in given.items()},
+    }
+
+
+def _hash(value):
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def is_same_call(asked, used):
+    """Whether two marks are of one call. What only one of them has says nothing: Codex adds a
+    description when it asks, an answered question has its answers when it was used."""
+    if asked["tool_use_id"] and used["tool_use_id"]:
+        return asked["tool_use_id"] == used["tool_use_id"]
+    if asked["agent_id"] != used["agent_id"] or asked["tool"] not in (None, used["tool"]):
+        return False
+    both = asked["input"].keys() & used["input"].keys()
+    return all(asked["input"][name] == used["input"][name] for name in both)
 
 
 def _settles(hook, state, payload):
     """Whether a hook shows that the dialog was answered: its own tool has run, or the turn is
     over. What sub-agents do beside it shows nothing."""
-    if payload.get("agent_id"):
-        return False
     if hook.get("settles") != "tool":
-        return hook.get("settles") == "all"
-    blocked = state["blocked"] or {}
-    if blocked.get("tool_use_id") and payload.get("tool_use_id"):
-        return blocked["tool_use_id"] == payload["tool_use_id"]
-    return blocked.get("tool") in (None, payload.get("tool_name"))
+        return hook.get("settles") == "all" and not payload.get("agent_id")
+    return is_same_call(state["blocked"] or call_mark({}), call_mark(payload))
 
 
 def _why_stopped(said, payload):
-    left = [*(payload.get("background_tasks") or ()), *(payload.get("session_crons") or ())]
+    given = [payload.get(name) for name in ("background_tasks", "session_crons")]
+    left = sum(len(tasks) for tasks in given if isinstance(tasks, list))
     if left:
-        return f"its turn is over, {len(left)} in the background go on"
+        return f"its turn is over, {left} in the background go on"
     if said in ("error", "quota"):
-        return printable(payload.get("error") or payload.get("message") or "it has failed", 300)
+        words = [payload.get(name) for name in ("last_assistant_message", "error_details", "error")]
+        return printable(next(filter(None, words), "it has failed"), 300)
     return "its turn is over"
 
 
@@ -3097,7 +3124,10 @@ def _shows_work(state, said, name, at):
     by_hook = state["signal"].startswith("hook") and state["activity"] == "working"
     if by_hook and said == "idle" and at - state["since"] > SILENT_STOP_S:
         return _now(state, "idle", "its prompt is empty; no hook has said so", name, at)
-    if _has_hooks(state) or "title" in state["heard"] or not said or said == state["activity"]:
+    if not said or said == state["activity"]:
+        return state
+    banner = state["signal"].startswith("screen") and state["activity"] in ("quota", "error")
+    if not banner and (_has_hooks(state) or "title" in state["heard"]):
         return state
     return _now(state, said, "its screen shows it", name, at)
 
@@ -3243,8 +3273,13 @@ PROFILE_KEYS |= {"unsafe_modes", "files", "env", "hooks", "titles", "screens", "
 PROFILE_KEYS |= {"interrupt", "answers", "completes_on_exit"}
 
 
+# What each kind of rule must have. Fields that are not known are no mistake: they may be of a
+# later version, and a profile that is left out is worse than one rule that is read halfway.
+NEEDED = {"hooks": {"event"}, "titles": {"state", "regex"}, "screens": {"id", "state"}}
+
+
 def check_profile(profile):
-    """Raises ValueError, saying what is wrong, for a profile that cannot be used."""
+    """The profile itself. Raises ValueError, saying what is wrong, if it cannot be used."""
     unknown = sorted(set(profile) - PROFILE_KEYS)
     if unknown:
         raise ValueError(f"unknown keys: {', '.join(unknown)}")
@@ -3252,37 +3287,62 @@ def check_profile(profile):
         raise ValueError("`start` must be shell, task_command or agent")
     if profile["start"] == "agent" and not profile.get("argv"):
         raise ValueError("`argv` is missing: how is the agent started?")
-    for place, rule in _rules_of(profile):
-        state = rule.get("state")
-        if state is not None and state not in STATES:
-            raise ValueError(f"{place}: unknown state {state!r}")
-        for pattern in _patterns_of(rule):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"{place}: {pattern!r} is no regular expression: {error}"
-                ) from None
+    for kind, place, rule in _rules_of(profile):
+        if missing := sorted(NEEDED.get(kind, set()) - set(rule)):
+            raise ValueError(f"{place}: {', '.join(missing)} is missing")
+        if kind == "keys" and not rule.keys() & {"label", "press"}:
+            raise ValueError(f"{place}: which key is it? Give `label` or `press`")
+        for state in _states_of(rule):
+            if state not in STATES:
+                raise ValueError(f"{place}: unknown state {state!r}")
+    for place, pattern, groups in _patterns_of(profile):
+        _check_pattern(place, pattern, groups)
     return profile
 
 
 def _rules_of(profile):
     for kind in ("hooks", "titles", "screens"):
         for rule in profile.get(kind) or ():
-            yield f"{kind} {rule.get('id') or rule.get('event') or rule.get('state')}", rule
+            named = rule.get("id") or rule.get("event") or rule.get("state")
+            yield kind, f"{kind} {named}", rule
     for answer, ways in (profile.get("keys") or {}).items():
         for way in ways:
-            yield f"keys {answer}", way
+            yield "keys", f"keys {answer}", way
 
 
-def _patterns_of(rule):
-    dialog = rule.get("dialog") or {}
-    single = (rule.get("regex"), rule.get("below"), rule.get("label"), rule.get("when"))
-    several = [p for name in ("all", "any", "none", "says") for p in rule.get(name) or ()]
-    tools = [tool["regex"] for tool in dialog.get("tools") or ()]
-    return [p for p in (*single, dialog.get("option"), *several, *tools) if p] + (
-        dialog.get("subject") or []
-    )
+def _states_of(rule):
+    if rule.get("state") is not None:
+        yield rule["state"]
+    for by in SAID_BY:
+        yield from (rule.get(by) or {}).values()
+
+
+def _patterns_of(profile):
+    """(place, pattern, how many groups it must have) of every pattern in a profile."""
+    yield "draft", profile.get("draft"), 1
+    yield "detect", (profile.get("detect") or {}).get("version"), 1
+    for _kind, place, rule in _rules_of(profile):
+        dialog = rule.get("dialog") or {}
+        for name in ("regex", "below", "label", "when"):
+            yield place, rule.get(name), 0
+        for pattern in (p for name in ("all", "any", "none") for p in rule.get(name) or ()):
+            yield place, pattern, 0
+        for pattern in [*(rule.get("says") or ()), *(dialog.get("subject") or ())]:
+            yield place, pattern, 1
+        yield place, dialog.get("option"), 2
+        for tool in dialog.get("tools") or ():
+            yield place, tool["regex"], 0
+
+
+def _check_pattern(place, pattern, groups):
+    if pattern is None:
+        return
+    try:
+        found = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"{place}: {pattern!r} is no regular expression: {error}") from None
+    if found < groups:
+        raise ValueError(f"{place}: {pattern!r} needs {groups} group(s) in parentheses")
 
 
 # ---------------------------------------------------------------------------- what an agent does
@@ -3301,7 +3361,7 @@ class Activities:
         self.settings = settings
         self.lock = threading.RLock()
         self.states = {}  # session id: state of the reducer
-        self.screens = {}  # session id: (what the screen shows, lines) at the last look
+        self.screens = {}  # session id: what its screen showed at the last look
         self._told = {}  # session id: (activity, reason, time of progress) as the hub has it
         self._progress = {}  # session id: when there was a sign of it
         self._sizes = {}  # session id: log size at the last look
@@ -3388,10 +3448,10 @@ class Activities:
         if self._is_worth_a_look(session, profile):
             lines = self.sessions.terminal(session).screen(session.tmux_name)
             self.signal(session, "screen", lines=lines)
-            shown = read_screen(profile, lines)
-            self.screens[session.session_id] = shown, lines
-            return shown and shown.get("dialog")
-        self.signal(session, "tick")
+            self.screens[session.session_id] = read_screen(profile, lines) or {}
+        else:
+            self.signal(session, "tick")
+        return self.screens.get(session.session_id, {}).get("dialog")
 
     def _is_worth_a_look(self, session, profile):
         """Whether the screen may show something else than at the last looks, of which two must
@@ -3401,7 +3461,8 @@ class Activities:
         size, looks = self._looked.get(session.session_id, (None, 0))
         now = self.sessions.log_size(session)
         self._looked[session.session_id] = now, looks + 1 if size == now else 0
-        return size != now or looks < LOOKS
+        # One that works may have stopped without a word, on a screen that long stands still.
+        return size != now or looks < LOOKS or self.of(session.session_id) == "working"
 
     def _note_output(self, session):
         """Where no hook is heard, output is a sign of progress."""
@@ -3424,7 +3485,7 @@ class Request:
     session_id: str
     via: str
     tool: str
-    tool_use_id: str | None = None
+    mark: dict | None = None  # its tool call, as `call_mark` knows it again
     fingerprint: str | None = None
     spool: int = 0
     held: bool = False  # a hook client waits right now
@@ -3435,7 +3496,7 @@ class Request:
     changed: threading.Event = dataclasses.field(default_factory=threading.Event, repr=False)
 
     def row(self):
-        shown = ("request_id", "session_id", "via", "tool", "tool_use_id", "fingerprint", "since")
+        shown = ("request_id", "session_id", "via", "tool", "mark", "fingerprint", "since")
         return {name: getattr(self, name) for name in (*shown, "answer", "passing")}
 
 
@@ -3603,7 +3664,7 @@ class Requests:
             session.session_id,
             via,
             str(payload.get("tool_name") or ""),
-            payload.get("tool_use_id"),
+            call_mark(payload) if via == "hook" else None,
             fingerprint,
             n,
             since=time.time(),
@@ -3645,6 +3706,7 @@ class Requests:
         with self.lock:
             if self.open.pop(request.request_id, None) is None:
                 return
+            self._seen.pop(request.session_id, None)
             self._save()
         self.outgoing.spool(
             {
@@ -3656,16 +3718,14 @@ class Requests:
         )
         request.changed.set()
 
-    def settled(self, session_id, *, tool_use_id=None, tool=None, where="in the terminal"):
-        """A signal shows that requests were settled without us: those of this call, or all."""
+    def settled(self, session_id, payload=None, where="in the terminal"):
+        """A signal shows that requests were settled without us: that of the tool call which a
+        payload is about, or all."""
         for request in list(self.open.values()):
             if request.session_id != session_id or request.answer is not None:
                 continue
-            if tool_use_id and request.tool_use_id and request.tool_use_id != tool_use_id:
-                continue
-            if tool and not request.tool_use_id and request.tool != tool:
-                continue
-            self.end(request, where)
+            if payload is None or (request.mark and is_same_call(request.mark, call_mark(payload))):
+                self.end(request, where)
 
     # -- by screen
 
@@ -3687,13 +3747,15 @@ class Requests:
         """Compare the dialogs that are shown with the requests that are open."""
         for session in self.sessions.live():
             dialog = dialogs.get(session.session_id)
-            mark = dialog and dialog["fingerprint"]
-            before = self._seen.get(session.session_id)
-            self._seen[session.session_id] = mark
+            mark, now = dialog and dialog["fingerprint"], time.time()
+            before, since = self._seen.get(session.session_id, (None, now))
+            if mark != before:
+                since = now
+            self._seen[session.session_id] = mark, since
             if mark == before:  # two looks agree
-                self._compare(session, dialog)
+                self._compare(session, dialog, now - since)
 
-    def _compare(self, session, dialog):
+    def _compare(self, session, dialog, seen_s):
         ours = [r for r in list(self.open.values()) if r.session_id == session.session_id]
         by_screen = [r for r in ours if r.via == "screen" and r.answer is None]
         mark = dialog["fingerprint"] if dialog else None
@@ -3705,12 +3767,19 @@ class Requests:
                 self.end(request, "in the terminal")
         if not dialog or dialog["kind"] not in ASKED or self._is_known(ours, mark):
             return
+        if seen_s < HOOK_COMES_S and self._comes_by_hook(session, dialog):
+            return
         tool = dialog.get("tool") or ASKED[dialog["kind"]]
         payload = {"tool_name": tool, "subject": dialog["subject"]}
         name = self.rules.main_parameter(tool)
         payload["tool_input"] = {name: dialog["subject"], "screen": dialog["text"]}
         with self.lock:
             self._begin(session, str(uuid.uuid4()), "screen", payload, mark)
+
+    def _comes_by_hook(self, session, dialog):
+        """Whether a hook is about to tell of such a dialog."""
+        hooks = self.activities.profile(session).get("hooks") or ()
+        return dialog["kind"] == "permission" and any(hook.get("request") for hook in hooks)
 
     @staticmethod
     def _is_known(ours, mark):
@@ -3740,6 +3809,7 @@ class Requests:
     def close(self, request):
         """Its answer was given, or cannot be."""
         with self.lock:
+            self._seen.pop(request.session_id, None)
             self.open.pop(request.request_id, None)
             self._save()
 
@@ -3867,6 +3937,7 @@ def has_ended(connection):
         connection.settimeout(10)
 
 
+HOOK_COMES_S = 4  # in which a dialog's hook tells of it; then it is read off the screen
 HOOK_BACK_S = 30  # in which a hook client comes back after this agent was restarted
 HOOK_TRIES = 8  # hard failures in a row, then the prompt is left to the terminal
 HOOK_INPUT_BYTES = 8 * KB * KB
@@ -4431,9 +4502,8 @@ class Agent:
     def _settle_requests(self, session, meaning, payload):
         """Signs that a dialog was answered at the terminal."""
         if meaning.get("settles") == "tool":
-            use, tool = payload.get("tool_use_id"), payload.get("tool_name")
-            self.requests.settled(session.session_id, tool_use_id=use, tool=tool)
-        elif meaning.get("settles"):
+            self.requests.settled(session.session_id, payload)
+        elif meaning.get("settles") and not payload.get("agent_id"):
             self.requests.settled(session.session_id)
 
     def _answer_request(self, session, asked, holds, gone):

@@ -43,6 +43,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 LOCK_PATIENCE_S = 5.0  # how long a write waits for its turn before it is refused with 503
 
 WRITER_PRAGMAS = (
+    "PRAGMA journal_mode=WAL",
     "PRAGMA synchronous=FULL",
     "PRAGMA foreign_keys=1",
     "PRAGMA cache_size=-16000",  # KiB: a completion that frees a thousand tasks stays in memory
@@ -146,7 +147,7 @@ class HubDatabase(SqliteDatabase):
             check_same_thread=False,
             factory=_Connection,
         )
-        for pragma in ("PRAGMA journal_mode=WAL", *pragmas):
+        for pragma in pragmas:
             connection.execute(pragma)
         return connection
 
@@ -155,6 +156,7 @@ class HubDatabase(SqliteDatabase):
             return self.writer
         reader = getattr(self._mine, "reader", None)
         if reader is None:
+            # The file is in WAL mode already: to set it again would want a lock.
             reader = self._mine.reader = self._open("PRAGMA query_only=1", "PRAGMA busy_timeout=0")
             self._readers.add(reader)
         return reader

@@ -12,6 +12,7 @@ import agent
 from conftest import ROOT
 
 SCREENS = ROOT / "tests" / "fixtures" / "screens"
+HOOKS = ROOT / "tests" / "fixtures" / "hooks"  # turns: each hook's payload, and what it is then
 PROFILES = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT / "profiles").glob("*.yaml")}
 CLAUDE = PROFILES["claude"]
 KEYS = {"<esc>": "\x1b", "<cr>": "\r"}
@@ -128,6 +129,28 @@ def test_a_turn_from_prompt_to_stop(mind):
     assert (mind.state["reason"], mind.state["signal"]) == ("its turn is over", "hook Stop")
 
 
+TURNS = sorted(HOOKS.glob("*/*.json"))
+
+
+@pytest.mark.parametrize("path", TURNS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_turn_is_followed_hook_by_hook(path):
+    mind = Mind(path.parent.name)
+    for n, step in enumerate(json.loads(path.read_text())):
+        event = step["payload"]["hook_event_name"]
+        assert agent.hook_of(mind.profile, event), f"the profile does not know {event}"
+        assert mind.hook(event, **step["payload"]) == step["then"], f"step {n}, {event}"
+
+
+def test_there_are_turns_of_each_agent_with_hooks():
+    with_hooks = {name for name, profile in PROFILES.items() if profile.get("hooks")}
+    assert {path.parent.name for path in TURNS} == with_hooks
+    for name in with_hooks:
+        steps = [s for p in TURNS if p.parent.name == name for s in json.loads(p.read_text())]
+        assert {h["event"] for h in PROFILES[name]["hooks"]} == {
+            s["payload"]["hook_event_name"] for s in steps
+        }
+
+
 @pytest.mark.parametrize(
     ("tool", "state"),
     [
@@ -148,7 +171,8 @@ def test_what_it_is_blocked_by(mind, tool, state):
         ("PostToolUse", {"tool_name": "Bash"}, "working"),
         ("UserPromptSubmit", {"prompt": "y"}, "working"),
         ("Stop", {}, "idle"),
-        ("StopFailure", {"error": "x"}, "error"),
+        ("StopFailure", {"error": "server_error"}, "error"),
+        ("StopFailure", {"error": "rate_limit"}, "quota"),
     ],
 )
 def test_what_ends_it(mind, event, payload, state):
@@ -162,7 +186,7 @@ def test_what_ends_it(mind, event, payload, state):
     [
         ("PostToolUse", {"tool_name": "Bash", "tool_use_id": "toolu_2"}),
         ("PostToolUse", {"tool_name": "Read"}),
-        ("PostToolUse", {"tool_name": "Bash", "tool_use_id": "toolu_1", "agent_id": "sub"}),
+        ("PostToolUse", {"tool_name": "Bash", "agent_id": "sub"}),
         ("PreToolUse", {"tool_name": "Read"}),
         ("PreToolUse", {"tool_name": "Bash", "agent_id": "sub"}),
         ("SessionStart", {"source": "startup"}),
@@ -264,6 +288,35 @@ def test_limits_and_errors_are_read_with_their_words(name, state, reason):
     assert reason in mind.state["reason"]
 
 
+def test_a_failed_turn_says_why_in_the_agents_words(mind):
+    mind.hook("StopFailure", error="rate_limit", last_assistant_message="resets at 3pm")
+    assert mind.state["reason"] == "resets at 3pm"
+    mind.hook("StopFailure", error="server_error", error_details="500 Internal")
+    assert mind.state["reason"] == "500 Internal"
+    mind.hook("StopFailure")
+    assert mind.state["reason"] == "it has failed"
+
+
+@pytest.mark.parametrize("banner", ["quota", "error"])
+def test_a_limit_read_from_the_screen_is_over_when_the_screen_shows_work(mind, banner):
+    mind.hook("UserPromptSubmit", prompt="x")
+    assert mind.screen(f"claude/2.1.220-{banner}") == banner
+    assert mind.screen("claude/2.1.220-working", looks=1) == banner
+    assert mind.screen("claude/2.1.220-working", looks=1) == "working"
+
+
+def test_a_limit_a_hook_has_told_of_stays_until_the_next_prompt(mind):
+    mind.hook("StopFailure", error="rate_limit")
+    assert mind.screen("claude/2.1.220-idle") == "quota"
+    assert mind.hook("UserPromptSubmit", prompt="x") == "working"
+
+
+def test_the_title_changes_nothing_while_the_screen_alone_asks():
+    mind = Mind("gemini")
+    assert mind.screen("gemini/0.20.0-blocked_trust") == "blocked:trust"
+    assert mind.take("title", title="◇  Ready") == "blocked:trust"
+
+
 def test_without_hooks_the_title_speaks_before_the_screen():
     mind = Mind("gemini")
     assert mind.take("title", title="✦  Working…") == "working"
@@ -322,15 +375,16 @@ def test_the_reason_can_be_explained(mind):
     assert said["title"]["says"] == "working"
 
 
-TEXT = st.sampled_from(["", "Bash", "toolu_1", "idle_prompt", "clear", "x"])
+TEXT = st.sampled_from(["", "Bash", "toolu_1", "idle_prompt", "rate_limit", "clear", "x"])
+ANY = st.one_of(TEXT, st.none(), st.integers(), st.lists(TEXT, max_size=2))
+FIELDS = ("tool_name", "tool_use_id", "notification_type", "reason", "error", "message")
+FIELDS += ("tool_input", "agent_id", "background_tasks", "session_crons")
 SIGNALS = st.one_of(
     st.fixed_dictionaries(
         {
             "kind": st.just("hook"),
             "event": st.sampled_from([h["event"] for h in CLAUDE["hooks"]] + ["Unknown"]),
-            "payload": st.dictionaries(
-                st.sampled_from(["tool_name", "tool_use_id", "notification_type", "reason"]), TEXT
-            ),
+            "payload": st.dictionaries(st.sampled_from(FIELDS), ANY),
         }
     ),
     st.fixed_dictionaries({"kind": st.just("title"), "title": st.sampled_from(["✳ x", "⠂ x", ""])}),
@@ -355,90 +409,4 @@ def test_whatever_comes_the_activity_is_a_known_one(signals):
         assert mind.state["reason"] is not None
     mind.hook("Stop")
     assert mind.state["activity"] == "idle"
-
-
-# ── profiles ──────────────────────────────────────────────────────────────────────────────────
-
-PLACES = {
-    "files",
-    "prompt_file",
-    "conversation",
-    "model",
-    "mode",
-    "session_id",
-    "directory",
-    "hook",
-}
-
-
-@pytest.mark.parametrize("name", sorted(PROFILES))
-def test_a_profile_can_be_used(name):
-    profile = PROFILES[name]
-    agent.check_profile(profile)
-    assert profile["name"] == name
-    events = {hook["event"] for hook in profile.get("hooks") or ()}
-    assert set(profile.get("answers") or ()) <= events
-    assert set(profile.get("unsafe_modes") or ()) <= set(profile.get("modes") or ())
-
-
-def test_the_documented_example_is_a_profile_and_every_key_is_documented():
-    page = (ROOT / "docs" / "profiles.md").read_text()
-    example = page.split("```yaml\n")[1].split("```")[0]
-    agent.check_profile(yaml.safe_load(example))
-    missing = [key for key in agent.PROFILE_KEYS if f"`{key}`" not in page]
-    assert not missing
-    assert not [place for place in PLACES if f"`{{{place}}}`" not in page]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"colour": 1}, "unknown keys: colour"),
-        ({"start": "magic"}, "`start` must be"),
-        ({"argv": None}, "`argv` is missing"),
-        ({"titles": [{"state": "dancing", "regex": "x"}]}, "unknown state 'dancing'"),
-        ({"titles": [{"state": "idle", "regex": "("}]}, "no regular expression"),
-        ({"keys": {"allow": [{"label": "["}]}}, "no regular expression"),
-    ],
-)
-def test_a_profile_that_cannot_be_used_is_refused(change, words):
-    with pytest.raises(ValueError, match=words):
-        agent.check_profile(CLAUDE | change)
-
-
-def launch(tmp_path, profile="claude", **order):
-    return agent.Launch(tmp_path / "s", {"session_id": "s-1"} | order, PROFILES[profile])
-
-
-def test_an_agent_is_started_with_what_was_given(tmp_path):
-    argv = launch(tmp_path).argv()
-    assert argv[:2] == ["claude", "--settings"] and "--model" not in argv
-    assert argv[-2] == "--session-id"
-    argv = launch(tmp_path, model="opus", mode="plan", prompt="Do it").argv()
-    assert argv[argv.index("--model") + 1] == "opus"
-    assert argv[argv.index("--permission-mode") + 1] == "plan"
-    assert str(tmp_path / "s" / "files" / "prompt.md") in argv[-1]
-    argv = launch(tmp_path, resume="c-1").argv()
-    assert argv[argv.index("--resume") + 1] == "c-1"
-
-
-def test_a_mode_or_resumption_it_does_not_know_is_refused(tmp_path):
-    with pytest.raises(agent.AgentError, match="has no mode dance"):
-        launch(tmp_path, mode="dance")
-    with pytest.raises(agent.AgentError, match="cannot take up a conversation again"):
-        launch(tmp_path, profile="gemini", resume="c-1").argv()
-
-
-@pytest.mark.parametrize("name", sorted(n for n, p in PROFILES.items() if p["start"] == "agent"))
-def test_its_files_are_private_and_filled_in(tmp_path, name):
-    made = launch(tmp_path / "with space", profile=name, prompt="Do {spec} it", model="m")
-    made.files.parent.mkdir(parents=True)
-    made.write()
-    for path in (p for p in made.files.parent.rglob("*") if p.is_file()):
-        assert path.stat().st_mode & 0o077 == 0
-        if path.suffix == ".json":
-            json.loads(path.read_text())
-        assert not [place for place in PLACES if f"{{{place}}}" in path.read_text()]
-    assert (made.files / "prompt.md").read_text() == "Do {spec} it"
-    words = " ".join([*made.argv(), *made.env.values()])
-    assert not [place for place in PLACES if f"{{{place}}}" in words]
+    assert json.dumps(agent.explain(CLAUDE, mind.state, mind.now))
