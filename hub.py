@@ -148,8 +148,8 @@ def _typed(name: str, value):
     return typed
 
 
-def create_app(settings: dict) -> APIFlask:
-    """Open the data directory and wire the hub together; starts nothing."""
+def open_data(settings: dict) -> None:
+    """Open the data directory and make the modules that keep something keep it there."""
     data = Path(settings["data"])
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     models.open_db(data / "hub.db")
@@ -165,7 +165,11 @@ def create_app(settings: dict) -> APIFlask:
     sockets.links.reset()
     terminals.streams.reset()
     sockets.profiles.load(HERE / "profiles")
+    permissions.begin()
 
+
+def create_app(settings: dict) -> APIFlask:
+    """Wire the hub together, whose data is open; starts nothing."""
     app = APIFlask("orchestratia", title="Orchestratia", version=api.VERSION, docs_path=None)
     app.root_path = str(HERE)
     app.config["OPENAPI_VERSION"] = "3.1.0"
@@ -174,7 +178,6 @@ def create_app(settings: dict) -> APIFlask:
     app.config["MAX_CONTENT_LENGTH"] = int(settings["max_body_mb"] * 1_000_000)
     web.init_app(app)
     document.init_app(app)
-    permissions.begin()
     app.register_blueprint(api.bp, url_prefix="/api/v1")
     app.register_blueprint(api.work, url_prefix="/api/v1")
     app.register_blueprint(api.work, url_prefix="/api/v1/server", name="work_on_server")
@@ -274,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def print_login_link(settings: dict) -> int:
     """Make a login link beside a running hub: whoever can read its data directory may sign in."""
-    create_app(settings)
+    open_data(settings)
     url = settings["url"] or f"http://{settings['host']}:{settings['port']}"
     print(f"{url}/login?token={auth.login_link()}")
     sessions.logs().close()
@@ -318,6 +321,7 @@ def serve(settings: dict) -> int:
     settings["url"] = (settings["url"] or f"http://{settings['host']}:{settings['port']}").rstrip(
         "/"
     )
+    open_data(settings)
     app = create_app(settings)
     _welcome(settings)
     scheduler = start_jobs(settings)

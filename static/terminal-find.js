@@ -7,8 +7,17 @@ const COLOURS = {
 const MOST = 5000; // matches in the scrollback
 
 // What is found in a terminal, by its add-on: {seek(text, step), clear()}; tell(index, count).
+// The add-on goes on from what is selected; a resize takes the selection away and leaves the lines.
 export function inTerminal(term, addon, tell) {
-  addon.onDidChangeResults(({ resultIndex, resultCount }) => tell(resultIndex, resultCount));
+  let found = null; // [column, line, length] of the match one is at
+  addon.onDidChangeResults(({ resultIndex, resultCount }) => {
+    const place = resultIndex < 0 ? null : term.getSelectionPosition();
+    if (place) found = [place.start.x, place.start.y, (place.end.y - place.start.y) * term.cols + place.end.x - place.start.x];
+    tell(resultIndex, resultCount);
+  });
+  term.onResize(() => {
+    if (found && term.hasSelection()) queueMicrotask(() => term.select(...found)); // once it is taken
+  });
   return {
     seek(text, step) {
       const options = { decorations: COLOURS, incremental: step === 0 };
@@ -16,6 +25,7 @@ export function inTerminal(term, addon, tell) {
       else addon.findNext(text, options);
     },
     clear() {
+      found = null;
       addon.clearDecorations();
       term.clearSelection(); // with it Ctrl+C would copy, not interrupt
     },

@@ -13,6 +13,7 @@ open_browser  a signed-in page in a real Chromium; `problems` is what it complai
 until         waits for a condition
 """
 
+import functools
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ import hub as hub_module
 import logs
 import models
 import moves
+import nursery
 import reading
 import servers
 import sessions
@@ -361,10 +363,18 @@ def world(db):
 # ── the application ───────────────────────────────────────────────────────────────────────────
 
 
+@functools.cache
+def wired():
+    """The application, made once: its hundreds of addresses take a tenth of a second."""
+    return hub_module.create_app(hub_module.read_settings({"url": "http://localhost"}, {}))
+
+
 @pytest.fixture
 def app(tmp_path):
-    settings = hub_module.read_settings({"data": str(tmp_path / "hub")}, {})
-    application = hub_module.create_app(settings | {"url": "http://localhost"})
+    application = wired()
+    given = {"data": str(tmp_path / "hub"), "url": "http://localhost"}
+    application.config["HUB"] = hub_module.read_settings(given, {})
+    hub_module.open_data(application.config["HUB"])
     _forget_all()
     auth.first_admin(None)
     yield application
@@ -509,14 +519,8 @@ class HubProcess:
         for name, value in self.settings.items():
             flags += [f"--{name.replace('_', '-')}", str(value)]
         env = {k: v for k, v in os.environ.items() if not k.startswith("ORCHESTRATIA_")}
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "hub.py"), *flags],
-            env=env | {"ORCHESTRATIA_ADMIN_PASSWORD": PASSWORD},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        env |= {"ORCHESTRATIA_ADMIN_PASSWORD": PASSWORD}
+        self.process = nursery.Hub(flags, env, self.data.with_name(f"{self.data.name}.printed"))
         self._told = threading.Event()
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
@@ -582,6 +586,7 @@ class HubProcess:
 
     def stop(self) -> int:
         """End it as an operator would; its exit code."""
+        self.http.close()  # it waits a while for connections that are open
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self._end()
@@ -619,7 +624,6 @@ def start_hub(tmp_path):
     yield start
     for process in started:
         process.stop()
-        process.http.close()
         print(f"── {process.url} ──\n{''.join(process.lines)}")
     assert not any("Traceback" in line for process in started for line in process.lines)
 

@@ -24,7 +24,7 @@ CHECKS = [
     content_type_conformance,
     response_schema_conformance,
 ]
-EXAMPLES, FEW = 6, 2  # of each operation and credential
+EXAMPLES, FEW = 3, 1  # of each operation and credential
 ENDLESS = "/api/v1/events/stream"  # has tests of its own
 WAITING = "/api/v1/server/poll"  # may answer after many seconds: `wait` is taken out
 OLDER = "/api/v1/server/"  # mostly the same views, as older clients spell them

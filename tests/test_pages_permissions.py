@@ -3,12 +3,11 @@
 import uuid
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
 import pages_permissions
 from browsing import live, press
-from test_pages_access import LOOKS, RULES
+from test_pages_access import LOOKS, barriers
 from test_pages_browser import forgive
 from test_pages_settings import person
 from test_wire import Agent
@@ -391,8 +390,7 @@ def test_axe_finds_nothing_where_requests_wait(shop, open_browser, look):
         live(page)
         page.evaluate("document.querySelectorAll('main details').forEach((d) => (d.open = true))")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), address
-        answer = Axe().run(page, options=RULES)
-        found += [(address, v["id"], v["nodes"][0]["html"]) for v in answer.response["violations"]]
+        found += barriers(page)
     assert not found
 
 

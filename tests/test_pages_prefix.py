@@ -13,8 +13,6 @@ from playwright.sync_api import expect
 
 import auth
 import hub as hub_module
-import models
-import sessions
 import web
 from browsing import live, press
 from conftest import PASSWORD, Client, wait_until
@@ -241,8 +239,6 @@ def test_the_document_of_the_api_names_no_host(tmp_path):
     settings = hub_module.read_settings({"data": tmp_path, "url": "https://host/mission"}, {})
     app = hub_module.create_app(settings)
     assert app.test_client().get("/openapi.json").json["servers"] == [{"url": "/mission"}]
-    sessions.logs().close()
-    models.close_db()
 
 
 @pytest.mark.parametrize(

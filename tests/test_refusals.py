@@ -403,8 +403,8 @@ def test_an_attempt_beyond_what_is_stored_is_refused(shop, admin):
     assert 400 <= answer.status_code < 500, answer.data
 
 
-def test_a_body_that_is_too_large_is_refused(app, shop, admin):
-    app.config["MAX_CONTENT_LENGTH"] = 1000
+def test_a_body_that_is_too_large_is_refused(app, shop, admin, monkeypatch):
+    monkeypatch.setitem(app.config, "MAX_CONTENT_LENGTH", 1000)
     answer = admin.post("tasks", NEW | {"spec": "x" * 2000})
     assert (answer.status_code, answer.json["code"]) == (413, "too_large")
 
