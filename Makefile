@@ -34,7 +34,7 @@ demo: $(VENV)/run
 
 test: $(VENV)/dev check
 	@scripts/need.sh tmux=tmux git=git chromium=chromium
-	$(PY) -m pytest -n 3 --dist worksteal
+	$(PY) -m pytest -n 3 --dist worksteal --reruns 1 -r R
 
 check: $(VENV)/dev
 	$(PY) -m ruff check .

@@ -2911,7 +2911,8 @@ GENERIC_SCREENS = (
         "state": "waiting_input",
         "last": 3,
         "any": [
-            r"(?i)[\[(]y(?:es)?/n(?:o)?[\])]\W*$",
+            r"(?i)[\[(]y(?:es)?/n(?:o)?(?:/[^\])\s]*)?[\])]\W*$",
+            r"(?i)\bcontinue\?\W*$",
             r"(?i)\b(?:password|passphrase)[^\n]*:\s*$",
             r"(?i)press (?:any key|enter) to continue\W*$",
         ],
@@ -2944,9 +2945,11 @@ def reduce(profile, state, signal):
 
 
 def _now(state, activity, reason, signal, at, **more):
-    """The state with another activity; `since` stays while only the reason is another."""
-    since = state["since"] if activity == state["activity"] else at
-    changed = {"activity": activity, "reason": reason, "signal": signal, "since": since}
+    """The state with another activity; `since` stays while only the reason is another. Looks at
+    the screen from before the change do not count."""
+    changed = {"activity": activity, "reason": reason, "signal": signal}
+    if activity != state["activity"]:
+        changed |= {"since": at, "looks": ["", 0]}
     return {**state, **changed, **more}
 
 
@@ -3055,8 +3058,19 @@ def _by_notification(state, said, payload, name, at):
     return _now(state, said, reason, name, at)
 
 
-def _has_hooks(state):
-    return any(source.startswith("hook ") for source in state["heard"])
+def _has_hooks(profile, state):
+    """Whether a hook was heard that tells the activity: the start of a session does not."""
+    return any(
+        f"hook {hook['event']}" in state["heard"]
+        for hook in profile.get("hooks") or ()
+        if not hook.get("backup") and any(hook.get(name) for name in ("state", *SAID_BY))
+    )
+
+
+def _last_hook(state):
+    """When a hook was heard last, 0 for never."""
+    heard = state["heard"].items()
+    return max((at for source, (_, at) in heard if source.startswith("hook ")), default=0)
 
 
 def read_title(profile, title):
@@ -3072,7 +3086,7 @@ def _by_title(profile, state, signal):
         return state
     state = _heard(state, "title", read["state"], at)
     name, said = f"title {read['rule']}", read["state"]
-    if _has_hooks(state) or said == state["activity"]:
+    if _has_hooks(profile, state) or said == state["activity"]:
         return state
     if said == "idle" and is_blocked(state) and not state["signal"].startswith("title"):
         return state
@@ -3094,7 +3108,7 @@ def _by_screen(profile, state, signal):
         return _shows_none(state, said, name, at)
     if said in ("quota", "error"):
         return _now(state, said, _banner(read), name, at)
-    return _shows_work(state, said, name, at)
+    return _shows_work(profile, state, said, name, at)
 
 
 def _shows_dialog(state, said, read, name, at):
@@ -3120,14 +3134,15 @@ def _banner(read):
     return printable((read.get("dialog") or {}).get("text") or read.get("text") or "", 300)
 
 
-def _shows_work(state, said, name, at):
-    by_hook = state["signal"].startswith("hook") and state["activity"] == "working"
-    if by_hook and said == "idle" and at - state["since"] > SILENT_STOP_S:
+def _shows_work(profile, state, said, name, at):
+    silent = at - max(state["since"], _last_hook(state)) > SILENT_STOP_S
+    hooks = _has_hooks(profile, state)
+    if hooks and silent and said == "idle" and state["activity"] == "working":
         return _now(state, "idle", "its prompt is empty; no hook has said so", name, at)
     if not said or said == state["activity"]:
         return state
     banner = state["signal"].startswith("screen") and state["activity"] in ("quota", "error")
-    if not banner and (_has_hooks(state) or "title" in state["heard"]):
+    if not banner and (hooks or "title" in state["heard"]):
         return state
     return _now(state, said, "its screen shows it", name, at)
 
@@ -3138,13 +3153,13 @@ def _by_typing(_profile, state, signal):
     if signal["by"] != "terminal" or not is_blocked(state):
         return state
     reason = "keys were pressed in its terminal"
-    looks = ["", 0]
-    return _now(state, "working", reason, "keys", signal["at"], blocked=None, looks=looks)
+    return _now(state, "working", reason, "keys", signal["at"], blocked=None)
 
 
 def _by_decision(_profile, state, signal):
-    if not is_blocked(state):
-        return state
+    blocked, use = state["blocked"] or {}, signal.get("tool_use_id")
+    if not is_blocked(state) or (use and blocked.get("tool_use_id") not in (None, use)):
+        return state  # the answer to another of its dialogs
     return _now(state, "working", "it was answered", "answer", signal["at"], blocked=None)
 
 
@@ -3455,7 +3470,8 @@ class Activities:
 
     def _is_worth_a_look(self, session, profile):
         """Whether the screen may show something else than at the last looks, of which two must
-        agree."""
+        agree, or what it shows may mean something else by now: a turn that has ended without a
+        word, a dialog that was not answered by the key."""
         if profile.get("start") != "agent" and session.profile is not None:
             return False
         size, looks = self._looked.get(session.session_id, (None, 0))

@@ -501,10 +501,11 @@ def served(app):
 
 
 class HubProcess:
-    """`python hub.py` on a free port, with the admin's password set."""
+    """`python hub.py` on a free port, with the admin's password set; or another script."""
 
-    def __init__(self, data: Path, **settings):
+    def __init__(self, data: Path, script: Path | None = None, **settings):
         self.data = data
+        self.script = script
         self.settings = {"port": 0, "data": data} | settings
         self.http = requests.Session()
         self.http.trust_env = False
@@ -520,7 +521,18 @@ class HubProcess:
             flags += [f"--{name.replace('_', '-')}", str(value)]
         env = {k: v for k, v in os.environ.items() if not k.startswith("ORCHESTRATIA_")}
         env |= {"ORCHESTRATIA_ADMIN_PASSWORD": PASSWORD}
-        self.process = nursery.Hub(flags, env, self.data.with_name(f"{self.data.name}.printed"))
+        if self.script:
+            self.process = subprocess.Popen(
+                [sys.executable, str(self.script), *flags],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        else:
+            pipe = self.data.with_name(f"{self.data.name}.printed")
+            self.process = nursery.Hub(flags, env, pipe)
         self._told = threading.Event()
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()

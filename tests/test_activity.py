@@ -255,6 +255,57 @@ def test_a_stop_without_a_hook_is_seen_after_a_while(mind):
     assert mind.screen("claude/2.1.220-idle", looks=1) == "idle"
 
 
+def test_a_hook_just_heard_is_no_silent_stop(mind):
+    mind.hook("UserPromptSubmit", prompt="x")
+    mind.now += agent.SILENT_STOP_S + 1
+    mind.hook("PreToolUse", tool_name="Bash")
+    assert mind.screen("claude/2.1.220-idle") == "working"
+
+
+def test_a_look_from_before_the_dialog_does_not_end_it(mind):
+    mind.hook("UserPromptSubmit", prompt="x")
+    mind.screen("claude/2.1.220-working", looks=5)
+    mind.hook("PermissionRequest", tool_name="Bash", tool_use_id="toolu_1")
+    assert mind.screen("claude/2.1.220-working", looks=1) == "blocked:permission"
+
+
+def test_a_look_from_before_the_answer_does_not_ask_again(mind):
+    mind.asks()
+    name = "claude/2.1.220-blocked_permission-bash"
+    mind.screen(name, looks=5)
+    assert mind.take("decided", tool_use_id="toolu_1") == "working"
+    assert mind.screen(name, looks=1) == "working"
+    assert mind.screen(name, looks=1) == "blocked:permission"  # the answer did not arrive
+
+
+def test_the_answer_to_another_dialog_ends_nothing(mind):
+    mind.asks()
+    assert mind.take("decided", tool_use_id="toolu_2") == "blocked:permission"
+    assert mind.take("decided", tool_use_id=None) == "working"  # given by key
+
+
+def test_a_dialog_of_a_sub_agent_ends_with_its_own_tool(mind):
+    mind.hook("UserPromptSubmit", prompt="x")
+    used = {"tool_name": "Bash", "tool_use_id": "toolu_1"}
+    mind.hook("PermissionRequest", agent_id="sub", **used)
+    assert mind.hook("PostToolUse", tool_name="Bash") == "blocked:permission"
+    assert mind.hook("PostToolUse", agent_id="sub", **used) == "working"
+
+
+def test_what_goes_on_in_the_background_begins_no_turn(mind):
+    mind.hook("UserPromptSubmit", prompt="x")
+    mind.hook("Stop", background_tasks=[{}])
+    assert mind.hook("PreToolUse", tool_name="Bash", agent_id="sub") == "idle"
+    assert mind.hook("PreToolUse", tool_name="Bash") == "working"  # woken by what has ended
+
+
+@pytest.mark.parametrize("event", ["SessionStart", "Unknown"])
+def test_a_hook_that_tells_no_activity_silences_nobody(mind, event):
+    mind.hook(event, source="startup")
+    assert mind.screen("claude/2.1.220-idle") == "idle"
+    assert mind.take("title", title="⠂ x") == "working"
+
+
 def test_a_dialog_no_hook_has_told_of(mind):
     mind.hook("UserPromptSubmit", prompt="x")
     name = "claude/2.1.220-blocked_trust"
@@ -356,7 +407,14 @@ def test_silence_is_said_as_that(mind):
 
 
 @pytest.mark.parametrize(
-    "line", ["Continue? [y/N] ", "[sudo] password for me: ", "Overwrite (yes/no)?"]
+    "line",
+    [
+        "Continue? [y/N] ",
+        "Continue? ",
+        "[sudo] password for me: ",
+        "Overwrite (yes/no)?",
+        "Are you sure you want to continue connecting (yes/no/[fingerprint])? ",
+    ],
 )
 def test_a_program_without_a_profile_may_ask(line):
     mind = Mind("nothing")

@@ -11,7 +11,6 @@ import time
 
 import pytest
 
-import conftest
 from conftest import ROOT, wait_until
 from test_live_security import RESUME, Agent, Person, output
 from test_ws import CLOSE, PING, TEXT, Raw, farewell, frame, text
@@ -82,10 +81,10 @@ def stage(hub):
 
 
 @pytest.fixture
-def hurried(start_hub, tmp_path, monkeypatch):
-    (tmp_path / "hub.py").write_text(HURRIED)
-    monkeypatch.setattr(conftest, "ROOT", tmp_path)
-    made = Stage(start_hub())
+def hurried(start_hub, tmp_path):
+    script = tmp_path / "hub.py"
+    script.write_text(HURRIED)
+    made = Stage(start_hub(script=script))
     yield made
     made.agent.close()
 
