@@ -2961,6 +2961,19 @@ def is_blocked(state):
     return state["activity"].startswith("blocked")
 
 
+def dialogs_of(hook):
+    """The kinds of dialogs a hook tells of: permission, question, plan."""
+    states = [hook.get("state") or "", *(hook.get("by_tool") or {}).values()]
+    return [state.removeprefix("blocked:") for state in states if state.startswith("blocked:")]
+
+
+def dialog_of(hook, payload):
+    """The kind of dialog that a hook's payload is about."""
+    state = (hook.get("by_tool") or {}).get(payload.get("tool_name")) or hook.get("state") or ""
+    kind = state.removeprefix("blocked:")
+    return kind if kind in ("question", "plan") else "permission"
+
+
 def hook_of(profile, event):
     """What an event means, {} for one that the profile does not know."""
     return next((hook for hook in profile.get("hooks") or () if hook["event"] == event), {})
@@ -3377,7 +3390,7 @@ class Activities:
         self.lock = threading.RLock()
         self.states = {}  # session id: state of the reducer
         self.screens = {}  # session id: what its screen showed at the last look
-        self._told = {}  # session id: (activity, reason, time of progress) as the hub has it
+        self._told = {}  # session id: (activity, reason, sources heard, time of progress), as told
         self._progress = {}  # session id: when there was a sign of it
         self._sizes = {}  # session id: log size at the last look
         self._looked = {}  # session id: (log size, looks since it changed)
@@ -3408,12 +3421,13 @@ class Activities:
         return after
 
     def _tell(self, session, profile, state, now):
-        told = self._told.get(session.session_id, (None, None, 0))
+        *told, told_at = self._told.get(session.session_id, (None, None, 0, 0))
         progress = self._progress.get(session.session_id, state["since"])
-        news = (state["activity"], state["reason"]) != told[:2]
-        if not news and progress - told[2] < self.settings.progress_s:
+        # A source heard for the first time is news: it is not silent any more.
+        news = [state["activity"], state["reason"], len(state["heard"])]
+        if news == told and progress - told_at < self.settings.progress_s:
             return
-        self._told[session.session_id] = state["activity"], state["reason"], progress
+        self._told[session.session_id] = *news, progress
         if state["activity"] == "working" and self._begins(session):
             self.outgoing.spool(self.sessions.report(session, outcome="started"))
         self.outgoing.spool(
@@ -3501,6 +3515,7 @@ class Request:
     session_id: str
     via: str
     tool: str
+    asks: str = "permission"  # or question, plan
     mark: dict | None = None  # its tool call, as `call_mark` knows it again
     fingerprint: str | None = None
     spool: int = 0
@@ -3512,7 +3527,7 @@ class Request:
     changed: threading.Event = dataclasses.field(default_factory=threading.Event, repr=False)
 
     def row(self):
-        shown = ("request_id", "session_id", "via", "tool", "mark", "fingerprint", "since")
+        shown = ("request_id", "session_id", "via", "tool", "asks", "mark", "fingerprint", "since")
         return {name: getattr(self, name) for name in (*shown, "answer", "passing")}
 
 
@@ -3573,7 +3588,7 @@ def call_of(session_id, profile, payload):
 
 
 # Dialogs on the screen that are asked from afar, and the tool they are about if none is named.
-ASKED = {"permission": "unknown", "trust": "trust"}
+ASKED = {"permission": "unknown", "trust": "trust", "plan": "plan"}
 
 
 class Requests:
@@ -3635,6 +3650,7 @@ class Requests:
             "request_id": request_id,
             "session_id": session.session_id,
             "via": via,
+            "asks": payload.get("asks", "permission"),
             "agent": session.profile,
             "tool": payload.get("tool_name"),
             "input": payload.get("tool_input"),
@@ -3662,6 +3678,8 @@ class Requests:
                     return None
             request.held = True
         try:
+            if request.asks == "plan":
+                return self._leave_to_keys(request)
             answer = self._hold(session, request, gone, holds)
             if answer:
                 request.passing = True
@@ -3680,6 +3698,7 @@ class Requests:
             session.session_id,
             via,
             str(payload.get("tool_name") or ""),
+            payload.get("asks", "permission"),
             call_mark(payload) if via == "hook" else None,
             fingerprint,
             n,
@@ -3707,6 +3726,14 @@ class Requests:
                         self._save()
                         return None
         return request.answer
+
+    def _leave_to_keys(self, request):
+        """What a hook says of a plan is ignored (Claude Code 2.1): a person's answer is a key."""
+        if not self._taken(request):
+            return self.end(request, "left to the terminal, since the hub did not answer in time")
+        with self.lock:
+            request.via = "screen"
+            self._save()
 
     def _taken(self, request):
         """Whether the hub has stored the request; it is given a moment for that."""
@@ -3787,6 +3814,7 @@ class Requests:
             return
         tool = dialog.get("tool") or ASKED[dialog["kind"]]
         payload = {"tool_name": tool, "subject": dialog["subject"]}
+        payload["asks"] = "plan" if dialog["kind"] == "plan" else "permission"
         name = self.rules.main_parameter(tool)
         payload["tool_input"] = {name: dialog["subject"], "screen": dialog["text"]}
         with self.lock:
@@ -3795,7 +3823,8 @@ class Requests:
     def _comes_by_hook(self, session, dialog):
         """Whether a hook is about to tell of such a dialog."""
         hooks = self.activities.profile(session).get("hooks") or ()
-        return dialog["kind"] == "permission" and any(hook.get("request") for hook in hooks)
+        kinds = [kind for hook in hooks if hook.get("request") for kind in dialogs_of(hook)]
+        return dialog["kind"] in kinds
 
     @staticmethod
     def _is_known(ours, mark):
@@ -3807,8 +3836,8 @@ class Requests:
         """The hub's answer to a request: for the hook that holds it, or to be given by key.
 
         Returns the request if it is to be given by key. Raises AgentError when nobody waits."""
-        answer = {"decision": frame["decision"], "message": frame.get("message")}
-        answer["scope"] = frame.get("scope")
+        answer = {name: frame.get(name) for name in ("decision", "message", "scope", "answers")}
+        answer["author"] = frame.get("author")
         with self.lock:
             request = self.open.get(frame["request_id"])
             if request is None:
@@ -3847,6 +3876,8 @@ class Requests:
         profile = self.activities.profile(session)
         terminal = self.sessions.terminal(session)
         decision = request.answer["decision"]
+        if request.answer.get("answers"):
+            raise AgentError("no program holds its question any more: answer in its terminal")
         shown = read_screen(profile, terminal.screen(session.tmux_name)) or {}
         dialog = shown.get("dialog")
         if not dialog or request.fingerprint not in (None, dialog["fingerprint"]):
@@ -3975,7 +4006,7 @@ def run_hook(directory, launch, event):
             said = judge_alone(directory.parent.parent, asked, ours)
     except (OSError, ValueError):
         return 0
-    print_answer(ours, event, said)
+    print_answer(ours, event, said, payload)
     return 0
 
 
@@ -4015,24 +4046,26 @@ def judge_alone(state_dir, asked, ours):
     return {"answer": {"decision": "deny", "message": verdict["because"]} if denied else None}
 
 
-def print_answer(ours, event, said):
+def print_answer(ours, event, said, payload):
     """In the agent's words, as its profile has them for this event and decision."""
     answer = said.get("answer")
-    form = ours["answers"].get(event, {}).get(answer["decision"]) if answer else None
+    which = answer and ("answer" if answer.get("answers") else answer["decision"])
+    form = ours["answers"].get(event, {}).get(which)
     if form is None:
         return
-    reason = answer.get("message") or "Denied in Orchestratia."
-    print(json.dumps(with_reason(form, reason)), flush=True)
+    given = {"{reason}": answer.get("message") or "Denied in Orchestratia."}
+    given["{answered}"] = {**(payload.get("tool_input") or {}), "answers": answer.get("answers")}
+    print(json.dumps(filled_in(form, given)), flush=True)
     if said.get("confirm"):
         with contextlib.suppress(OSError):
             said["confirm"]()
 
 
-def with_reason(form, reason):
-    """`form` with {reason} filled in wherever it stands."""
+def filled_in(form, given):
+    """`form` with the values of {reason} and {answered} wherever they stand."""
     if isinstance(form, dict):
-        return {name: with_reason(value, reason) for name, value in form.items()}
-    return reason if form == "{reason}" else form
+        return {name: filled_in(value, given) for name, value in form.items()}
+    return given.get(form, form) if isinstance(form, str) else form
 
 
 # ---------------------------------------------------------------------------- agent
@@ -4080,7 +4113,9 @@ def wordy(value):
 
 
 WORDS_OF = ("question", "response", "author", "comment", "feedback", "content", "about", "task_id")
+WORDS_OF += ("message",)
 WORDS = {
+    "permission_denied": "Denied by {author}: {message}",
     "intervention_response": "Answer of {author} to your question “{question}”:\n{response}",
     "plan_approved": "Your plan is approved by {author}: go on with the task.",
     "plan_revision": "Your plan is sent back by {author}:\n{feedback}\n"
@@ -4100,6 +4135,7 @@ class Mail:
     them for keys, urgent notes at once, other things when the agent has nothing to do."""
 
     AT_ONCE = {"intervention_response", "plan_approved", "plan_revision", "task_cancelled"}
+    AT_ONCE |= {"permission_denied"}
     INTERRUPT_S = 5  # longest wait for an agent to heed an interruption
 
     def __init__(self, agent):
@@ -4505,15 +4541,13 @@ class Agent:
             denied = self.requests.guard(session, payload)
             answer = denied and {"decision": "deny", "message": denied["because"]}
             return {"answer": answer}, None
-        if meaning.get("request") and not self._is_other_dialog(meaning, payload):
+        if meaning.get("request"):
+            asks = dialog_of(meaning, payload)
+            if asks == "question" and "answer" not in (profile.get("answers") or {}).get(event, {}):
+                return {"answer": None}, None  # left to its terminal
+            asked = {**asked, "payload": {**payload, "asks": asks}}
             return self._answer_request(session, asked, meaning["request"] == "held", gone)
         return {"answer": None}, None
-
-    @staticmethod
-    def _is_other_dialog(meaning, payload):
-        """A question or a plan is no permission: its dialog is answered as such."""
-        state = (meaning.get("by_tool") or {}).get(payload.get("tool_name"))
-        return state not in (None, "blocked:permission")
 
     def _settle_requests(self, session, meaning, payload):
         """Signs that a dialog was answered at the terminal."""
@@ -4634,10 +4668,21 @@ class Agent:
             self.requests.tell(request.request_id, request.session_id, "delivered")
         except AgentError as error:
             self._not_delivered({**frame, "type": "permission_answer"}, "not_delivered", str(error))
+            frame = {**frame, "message": None}
         finally:
             if request is not None:
                 self.requests.close(request)
-            self.store.done(frame["epoch"], frame["id"])
+            if not self._gives_reason(frame):
+                self.store.done(frame["epoch"], frame["id"])
+
+    def _gives_reason(self, frame):
+        """Whether a reason is yet to be typed: the key of a denial says none."""
+        session = self.sessions.all.get(frame["session_id"])
+        if frame["decision"] != "deny" or not frame.get("message") or session is None:
+            return False
+        if not self.activities.profile(session).get("text"):
+            return False  # no coding agent reads it
+        return self.mail.put({**frame, "type": "permission_denied"}) is LATER
 
     def _rules_changed(self, frame):
         self.rules.take(frame["rules"])

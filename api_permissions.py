@@ -33,6 +33,7 @@ class Decision(Shape):
     scope: Literal[permissions.SCOPES] = "once"
     reason: Said | None = None
     pattern: Pattern | None = None
+    answers: Annotated[list[Said], Field(max_length=20)] | None = None
 
 
 class RulePage(Shape):
@@ -112,7 +113,10 @@ def get_permission(ref):
 @work.input(Decision)
 @answers(document.Permission)
 def decide(ref, json_data: Decision):
-    """Allow or deny a request (people only); the first answer counts and goes to the session."""
+    """Allow or deny a request (people only); the first answer counts and goes to the session.
+
+    A question is allowed with `answers`: one for each of its questions, in their order.
+    """
     decided = permissions.decide(
         caller(),
         ref,
@@ -120,6 +124,7 @@ def decide(ref, json_data: Decision):
         scope=json_data.scope,
         reason=json_data.reason,
         pattern=json_data.pattern,
+        answers=json_data.answers,
     )
     return permissions.permissions_json([decided])[0]
 

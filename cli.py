@@ -1501,6 +1501,9 @@ def intervention_detail(screen, asked):
     return Stack(Text(clean(asked.get("question") or ""), "bold"), screen.facts(facts), *parts)
 
 
+PERMISSION_HEADS = {"question": "It asks you to choose", "plan": "It asks you to approve its plan"}
+
+
 def permission_detail(screen, asked):
     task = " ".join(filter(None, (asked.get("task_title"), asked.get("task_id"))))
     decided = (ago(asked.get("decided_at")), one_line(asked.get("decided_by") or ""))
@@ -1521,9 +1524,12 @@ def permission_detail(screen, asked):
         ("settled", one_line(asked.get("answered_where") or "")),
         ("answer", one_line(delivery)),
     )
-    head = Text(f"{exact_line(asked.get('tool') or '?')} asks for a permission", "bold")
+    heading = PERMISSION_HEADS.get(asked.get("asks"), "{} asks for a permission")
+    head = Text(heading.format(exact_line(asked.get("tool") or "?")), "bold")
     subject, whole = asked.get("subject") or "", asked.get("input") or {}
     parts = [screen.section("What", Text(exact(subject)))]
+    if answers := asked.get("answers"):
+        parts.append(screen.section("Answers", Text(exact(yaml_text(answers)).rstrip())))
     if rest := {name: value for name, value in whole.items() if value != subject}:
         parts.append(screen.section("With", Text(exact(yaml_text(rest)).rstrip())))
     return Stack(head, screen.facts(facts), *parts)
@@ -4367,6 +4373,24 @@ def permission_allow(app, ref, for_session, always, pattern):
     scope = "session" if for_session else "always" if always else "once"
     body = {"decision": "allow", "scope": scope, **given(pattern=not_empty(pattern, "--pattern"))}
     app.did("Allowed", app.hub.post(f"{permission_path(ref)}/decide", body), permission_detail)
+
+
+@permission.command(
+    "answer",
+    example="orchestratia permission answer 5c0e JWT\n"
+    'orchestratia permission answer 5c0e JWT "an hour, then again"',
+)
+@permission_id
+@click.argument("answers", nargs=-1, required=True, metavar="ANSWER...")
+@pass_app
+def permission_answer(app, ref, answers):
+    """Answer what a coding agent asks you to choose: one answer for each of its questions.
+
+    An answer is one of the choices offered, or words of your own; several choices are separated by
+    commas. `permission show` names the questions in their order.
+    """
+    body = {"decision": "allow", "scope": "once", "answers": list(answers)}
+    app.did("Answered", app.hub.post(f"{permission_path(ref)}/decide", body), permission_detail)
 
 
 @permission.command("deny", example='orchestratia permission deny 5c0e --reason "Use the mirror"')

@@ -317,6 +317,7 @@ class Intervention(Answer):
 class Permission(Answer):
     id: str
     status: Literal["pending", "allowed", "denied", "withdrawn"]
+    asks: Literal["permission", "question", "plan"]
     tool: str
     input: dict[str, Any]
     subject: str = Field(description="the exact command, path or address")
@@ -336,6 +337,7 @@ class Permission(Answer):
     decided_at: str | None
     scope: Literal["once", "session", "always"] | None
     reason: str | None
+    answers: dict[str, str] | None = Field(description="{question: answer}")
     rule_id: str | None
     delivery: Literal["sent", "delivered", "unknown", "failed"] | None
     delivery_why: str | None

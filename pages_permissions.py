@@ -1,6 +1,7 @@
 """The pages of permissions: deciding on requests, the rules and their tester, the log, alerts."""
 
 import difflib
+import re
 from itertools import groupby
 
 from flask import render_template, request, url_for
@@ -29,6 +30,7 @@ TEXT_MOST = 50_000
 LOG_SHOWN = 100
 LOOKED_BACK = 50_000  # requests that a page of the log looks through: its cost does not grow
 CHANGES_SHOWN = 20  # requests on the page of their session or task
+OWN = re.compile(r"own-\d\d?")  # a field for the answer to a question in one's own words
 HUB_RULES_FOLDED = 10  # so many rules in a row that came with the hub are folded
 
 
@@ -43,8 +45,17 @@ def decide_permission(ref):
         scope=choice_of("scope", permissions.SCOPES) or "once",
         reason=text_of("reason", TEXT_MOST),
         pattern=text_of("pattern", rules.PATTERN_MOST),
+        answers=_answers(),
     )
     return done(url_for("pages.waiting"))
+
+
+def _answers() -> list[str] | None:
+    """What a form says to each question: own words, or what was chosen."""
+    count = 1 + max((int(name[4:]) for name in request.form if OWN.fullmatch(name)), default=-1)
+    chosen = [", ".join(request.form.getlist(f"choice-{n}")) for n in range(count)]
+    own = [text_of(f"own-{n}", permissions.ANSWER_MOST) for n in range(count)]
+    return [a or b for a, b in zip(own, chosen, strict=True)] or None
 
 
 @bp.post("/inbox/alerts/<ref>/dismiss")
@@ -74,6 +85,9 @@ def beginning_of(text: str) -> str:
     if len(lines) <= 1.5 * BEGINNING_LINES and len(text) <= 1.5 * BEGINNING_MOST:
         return text
     return "\n".join(lines[:BEGINNING_LINES])[:BEGINNING_MOST]
+
+
+bp.add_app_template_global(permissions.questions_of, "questions_of")
 
 
 @bp.app_template_global()

@@ -4,6 +4,11 @@ for a person, and the log of every decision.
 A request is answered once: by a rule or a grant as it comes in, by a person, or at the terminal
 itself (`withdrawn`). What is answered from here goes to the session's server as a command, and the
 server says what became of it (`delivery`).
+
+A coding agent's own dialogs are of three kinds (`asks`): it asks for a permission, it asks the
+person a question with answers to choose from, or it has a plan to be approved. A question is
+allowed by answering it. No rule allows a question or a plan, since they are for people; a rule may
+deny them.
 """
 
 import logging
@@ -36,6 +41,7 @@ from models import (
 log = logging.getLogger("orchestratia.permissions")
 
 STATUSES = ("pending", "allowed", "denied", "withdrawn")
+ASKS = ("permission", "question", "plan")
 DECISIONS = {"allow": "allowed", "deny": "denied"}
 SCOPES = ("once", "session", "always")
 ACTIONS = ("allow", "deny", "ask")
@@ -45,6 +51,7 @@ EVENT_TEXT = 2000  # characters of what is asked for that its event repeats
 INPUT_MOST = 256 * 1024  # bytes of a tool's input as JSON; a larger one is kept by its beginning
 RULES_MOST = 2000
 PENDING_MOST = 50  # of one session: a program in a loop must not fill the inbox
+ANSWER_MOST = 4000  # characters of the answer to one question
 
 
 # ── requests ──────────────────────────────────────────────────────────────────────────────────
@@ -53,9 +60,9 @@ PENDING_MOST = 50  # of one session: a program in a loop must not fill the inbox
 def requested(tx: Transaction, caller: Caller, session: dict, frame: dict) -> None:
     """Take a request from the session's server; said twice, it is one.
 
-    frame: request_id, tool, input, directory, agent, via (`hook`: the agent waits for the answer;
-    `screen`: it is given by keys); `decision` and `rule_id` when the server has decided by its
-    copy of the rules. Raises ValueError for a malformed one.
+    frame: request_id, asks, tool, input, directory, agent, via (`hook`: the agent waits for the
+    answer; `screen`: it is given by keys); `decision` and `rule_id` when the server has decided by
+    its copy of the rules. Raises ValueError for a malformed one.
     """
     request_id = str(uuid.UUID(frame["request_id"]))
     if one("SELECT 1 FROM permission WHERE id = ?", (request_id,)):
@@ -68,7 +75,8 @@ def requested(tx: Transaction, caller: Caller, session: dict, frame: dict) -> No
         return _log(tx, session, asked)
     verdict = _judge(session, asked)
     # A screen may not show all of a command: by that a rule denies, but only a person allows.
-    if verdict["decision"] == "ask" or (verdict["decision"], asked["via"]) == ("allow", "screen"):
+    for_people = asked["via"] == "screen" or asked["asks"] != "permission"
+    if verdict["decision"] == "ask" or (verdict["decision"] == "allow" and for_people):
         return _wait(tx, caller, session, asked)
     rule, grant = verdict["rule"], verdict["grant"]
     asked |= {
@@ -86,6 +94,7 @@ def requested(tx: Transaction, caller: Caller, session: dict, frame: dict) -> No
 def _asked(tx: Transaction, session: dict, frame: dict) -> dict:
     tool, given = str(frame["tool"])[:200], frame.get("input")
     given = given if isinstance(given, dict) else {"value": given}
+    asks = frame.get("asks") if frame.get("asks") in ASKS else "permission"
     written = dumps(given)
     if len(written) > INPUT_MOST:
         written = dumps({"too_large": written[:INPUT_MOST]})
@@ -97,9 +106,10 @@ def _asked(tx: Transaction, session: dict, frame: dict) -> dict:
         "attempt": session["attempt"],
         "agent": str(frame.get("agent") or session["profile"] or "")[:60] or None,
         "via": "screen" if frame.get("via") == "screen" else "hook",
+        "asks": asks,
         "tool": tool,
         "input": written,
-        "subject": str(frame.get("subject") or rules.subject_of(tool, given))[:INPUT_MOST],
+        "subject": str(frame.get("subject") or _subject(asks, tool, given))[:INPUT_MOST],
         "directory": str(frame.get("directory") or session["working_directory"] or "")[:4096],
         "status": "pending",
         "asked_at": tx.now,
@@ -108,8 +118,41 @@ def _asked(tx: Transaction, session: dict, frame: dict) -> dict:
         "rule_id": None,
         "scope": None,
         "reason": None,
+        "answers": None,
         "delivery": None,
     }
+
+
+def _subject(asks: str, tool: str, given: dict) -> str:
+    if asks == "question" and (asked := questions_of(given)):
+        return "\n".join(asking["question"] for asking in asked)
+    if asks == "plan" and isinstance(given.get("plan"), str):
+        return given["plan"]
+    return rules.subject_of(tool, given)
+
+
+def questions_of(given: dict) -> list[dict]:
+    """What a question asks: [{question, several, options: [{label, description}]}], empty when
+    that cannot be read. several: more than one of the options may be chosen."""
+    asked = _list(given.get("questions"))
+    if not all(isinstance(each, dict) and isinstance(each.get("question"), str) for each in asked):
+        return []
+    return [
+        {
+            "question": each["question"],
+            "several": bool(each.get("multiSelect")),
+            "options": [
+                {"label": option["label"], "description": str(option.get("description") or "")}
+                for option in _list(each.get("options"))
+                if isinstance(option, dict) and isinstance(option.get("label"), str)
+            ],
+        }
+        for each in asked
+    ]
+
+
+def _list(value) -> list:
+    return value if isinstance(value, list) else []
 
 
 def _by_rule(rule_id: str | None, grant: dict | None = None) -> str:
@@ -156,12 +199,14 @@ def _insert(asked: dict) -> None:
 def _emit(tx: Transaction, asked: dict, event: str, actor: str) -> None:
     details = {
         "permission_id": asked["id"],
+        "asks": asked["asks"],
         "tool": asked["tool"],
         "subject": asked["subject"][:EVENT_TEXT],
         "status": asked["status"],
     }
     if event == "permission_answered":
         details |= {k: asked.get(k) for k in ("scope", "reason", "rule_id", "answered_where")}
+        details["answers"] = _answers_in_order(asked)
     tx.emit(
         event,
         asked["project_id"],
@@ -173,6 +218,13 @@ def _emit(tx: Transaction, asked: dict, event: str, actor: str) -> None:
     )
 
 
+def _answers_in_order(asked: dict) -> list[str] | None:
+    if not asked["answers"]:
+        return None
+    answers = loads(asked["answers"])
+    return [answers[each["question"]] for each in questions_of(loads(asked["input"]))]
+
+
 def _answer(tx: Transaction, session: dict, asked: dict) -> None:
     """Send the decision to the session's server."""
     said = {
@@ -182,6 +234,8 @@ def _answer(tx: Transaction, session: dict, asked: dict) -> None:
         "message": asked["reason"],
         "author": asked["decided_by"],
     }
+    if asked["answers"]:
+        said["answers"] = loads(asked["answers"])
     moves.command(tx, asked["server_id"], "permission_answer", session["id"], None, said)
 
 
@@ -220,21 +274,33 @@ def decide(
     scope: str = "once",
     reason: str | None = None,
     pattern: str | None = None,
+    answers: list[str] | None = None,
 ) -> dict:
     """Answer a request; its row. The first answer counts and goes to the session.
 
     scope: `session` grants exactly this call for the rest of the session, `always` makes an allow
-    rule of `pattern`, or of exactly this call. Raises Forbidden, Invalid, NotFound, Conflict
+    rule of `pattern`, or of exactly this call. answers: one for each question, without which a
+    question cannot be allowed. Raises Forbidden, Invalid, NotFound, Conflict
     `decided` with who decided what, or `withdrawn`.
     """
     asked = find("permission", caller, ref)
     _check_may_decide(caller, asked, decision, scope)
+    answered = _answered(asked, decision, answers)
     patterns = _patterns(asked, pattern) if (decision, scope) == ("allow", "always") else []
     with transaction() as tx:
         decided = one(
             "UPDATE permission SET status = ?, decided_by = ?, decided_at = ?, scope = ?,"
-            " reason = ?, delivery = 'sent' WHERE id = ? AND status = 'pending' RETURNING *",
-            (DECISIONS[decision], caller.actor, tx.now, scope, reason or None, asked["id"]),
+            " reason = ?, answers = ?, delivery = 'sent' WHERE id = ? AND status = 'pending'"
+            " RETURNING *",
+            (
+                DECISIONS[decision],
+                caller.actor,
+                tx.now,
+                scope,
+                reason or None,
+                answered,
+                asked["id"],
+            ),
         )
         if decided:
             if decision == "allow" and scope == "session":
@@ -246,8 +312,8 @@ def decide(
             _emit(tx, decided, "permission_answered", caller.actor)
             return decided
     stands = get(caller, asked["id"])
-    said = (stands["status"], stands["decided_by"], stands["scope"])
-    if said == (DECISIONS[decision], caller.actor, scope):
+    said = (stands["status"], stands["decided_by"], stands["scope"], stands["answers"])
+    if said == (DECISIONS[decision], caller.actor, scope, answered):
         return stands
     raise _too_late(stands)
 
@@ -265,11 +331,34 @@ def _check_may_decide(caller: Caller, asked: dict, decision: str, scope: str) ->
             "A denial holds for this request only: to deny always, add a rule that denies.",
             field="scope",
         )
+    if scope != "once" and asked["asks"] != "permission":
+        raise Invalid(f"The answer to a {asked['asks']} holds once.", field="scope")
     if scope == "always" and not can(caller, "rule.admin", asked["project_id"]):
         raise Forbidden(
             "To allow this always makes a rule, which takes an admin of the project: allow it "
             "once or for the session, or ask an admin."
         )
+
+
+def _answered(asked: dict, decision: str, answers: list[str] | None) -> str | None:
+    """What is stored of the answers: {question: answer} as JSON. Raises Invalid."""
+    if asked["asks"] != "question" or decision != "allow":
+        if answers:
+            raise Invalid("Only a question that is allowed takes answers.", field="answers")
+        return None
+    questions = [each["question"] for each in questions_of(loads(asked["input"]))]
+    if not questions:
+        raise Invalid(
+            "Its questions cannot be read here: answer in the session's terminal.", field="answers"
+        )
+    given = [answer.strip() for answer in answers or ()]
+    if max(map(len, given), default=0) > ANSWER_MOST:
+        raise Invalid(f"An answer may have {ANSWER_MOST} characters.", field="answers")
+    if len(given) != len(questions) or not all(given):
+        raise Invalid(
+            f"It asks {len(questions)}: give an answer to each, in their order.", field="answers"
+        )
+    return dumps(dict(zip(questions, given, strict=True)))
 
 
 def _patterns(asked: dict, pattern: str | None) -> list[str | None]:
@@ -359,11 +448,12 @@ def permissions_json(found: list[dict]) -> list[dict]:
     titles = labels("task", "title", {row["task_id"] for row in found if row["task_id"]})
     shown = ("id", "status", "tool", "subject", "directory", "agent", "via", "project_id")
     shown += ("server_id", "session_id", "task_id", "attempt", "decided_by", "scope", "reason")
-    shown += ("rule_id", "delivery", "delivery_why", "answered_where")
+    shown += ("rule_id", "delivery", "delivery_why", "answered_where", "asks")
     return [
         {name: row[name] for name in shown}
         | {
             "input": loads(row["input"]),
+            "answers": loads(row["answers"]) if row["answers"] else None,
             "server_name": hosts.get(row["server_id"]),
             "session_name": names.get(row["session_id"]),
             "task_title": titles.get(row["task_id"]),

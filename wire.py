@@ -619,6 +619,7 @@ def _agent_event(tx, caller: Caller, frame: dict) -> None:
 COMMAND_WORDS = {
     "intervention_response": "The answer to a question",
     "permission_answer": "The answer to a permission request",
+    "permission_denied": "The reason of a denial",
     "plan_approved": "The approval of a plan",
     "plan_revision": "What should be different in a plan",
     "task_note": "A note",

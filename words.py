@@ -81,8 +81,13 @@ def _brief(text: str) -> str:
     return f"{first[:BRIEF_MOST]}…" if more or len(first) > BRIEF_MOST else first
 
 
+ASKS = {"question": "asks", "plan": "asks for its plan to be approved"}
+
+
 def _requested(event: dict) -> str:
     said = _Details(event["details"])
+    if said["asks"] in ASKS:
+        return f"{ASKS[said['asks']]}: {_brief(said['subject'])}"
     return f"asks to use {said['tool']}: {_brief(said['subject'])}"
 
 
@@ -94,6 +99,8 @@ def _permission(event: dict) -> str:
     said = _Details(event["details"])
     where = said["answered_where"] or "without an answer"
     done = f"settled {where}" if said["status"] == "withdrawn" else ""
+    if said["answers"] and said["asks"] == "question":
+        return f"answered: {_brief('; '.join(said['answers']))}"
     call = f"{said['tool']} {done}".strip() + f": {_brief(said['subject'])}"
     length = SCOPES.get(said["scope"], "")
     return call if done else f"{said['status']} {call}{length}"

@@ -5,10 +5,11 @@ TABLES = """
 CREATE TABLE permission (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
     project_id TEXT NOT NULL REFERENCES project(id), server_id TEXT NOT NULL, session_id TEXT,
-    task_id TEXT, attempt INTEGER, agent TEXT, via TEXT NOT NULL, tool TEXT NOT NULL,
+    task_id TEXT, attempt INTEGER, agent TEXT, via TEXT NOT NULL,
+    asks TEXT NOT NULL DEFAULT 'permission', tool TEXT NOT NULL,
     input TEXT NOT NULL, subject TEXT NOT NULL, directory TEXT NOT NULL DEFAULT '',
     status TEXT NOT NULL DEFAULT 'pending', asked_at REAL NOT NULL, decided_by TEXT,
-    decided_at REAL, rule_id TEXT, scope TEXT, reason TEXT, answered_where TEXT,
+    decided_at REAL, rule_id TEXT, scope TEXT, reason TEXT, answers TEXT, answered_where TEXT,
     delivery TEXT, delivery_why TEXT);
 CREATE INDEX permission_project ON permission (project_id, seq);
 CREATE INDEX permission_status ON permission (project_id, status, seq);

@@ -10,6 +10,7 @@ happened it writes as lines of JSON to STANDIN_RECORD. Without steps it waits fo
 
     {"tool": "Bash", "input": {...}}     asks for a permission, with hooks and a dialog
     {"tool": ..., "ask": false}          uses a tool without asking
+    {"tool": "AskUserQuestion" or "ExitPlanMode", "input": {...}}   asks to choose, for its plan
     {"shell": ["argv", ...]}             runs a program, as a tool it may use
     {"work": seconds}, {"wait": true}    works on; waits for a message at its prompt
     {"quota": text}, {"silent": true}    a usage limit; a turn that ends without any hook
@@ -179,6 +180,37 @@ OPTIONS = {
 }
 
 
+PLANS = [
+    ("Yes, and auto-accept edits", "auto"),
+    ("Yes, and manually approve edits", "allow"),
+    ("No, keep planning", "deny"),
+]
+
+
+def options_of(kind: str, call: dict) -> list[tuple[str, str]]:
+    """[(label, what it means)] of the dialog for a call."""
+    if call["tool_name"] == "AskUserQuestion":
+        offered = call["tool_input"]["questions"][0]["options"]
+        return [(option["label"], option["label"]) for option in offered]
+    return PLANS if call["tool_name"] == "ExitPlanMode" else OPTIONS.get(kind, [])
+
+
+def other_dialog(call: dict, options: list) -> list[str] | None:
+    """That of a question or a plan, as Claude Code shows it."""
+    given = call["tool_input"]
+    lines = [f" {'❯' if n == 1 else ' '} {n}. {label}" for n, (label, _) in enumerate(options, 1)]
+    if call["tool_name"] == "AskUserQuestion":
+        asked = given["questions"][0]
+        head = [f" ☐ {asked['header']}", "", f" {asked['question']}", ""]
+        foot = ["", " Enter to select · Tab/Arrow keys to navigate · Esc to cancel"]
+        return [RULE, *head, *lines, *foot]
+    if call["tool_name"] == "ExitPlanMode":
+        plan = [f" {line}" for line in given["plan"].splitlines()]
+        head = [" Ready to code?", "", " Here is Claude's plan:", *plan, ""]
+        return [RULE, *head, " Would you like to proceed?", *lines]
+    return None
+
+
 def dialog_of(kind: str, tool: str, subject: str) -> list[str]:
     if kind == "aider":
         return [f"$ {subject}", "Run shell command? (Y)es/(N)o/(D)on't ask again [Yes]: "]
@@ -294,8 +326,8 @@ class Agent:
                     ("key", "deny" if self.letters.lower().startswith("n") else "allow", "")
                 )
             return
-        meaning = {str(n).encode(): what for n, (_, what) in enumerate(OPTIONS[self.kind], 1)}
-        meaning |= {b"\x1b": "deny", b"\r": "allow"}
+        meaning = {str(n).encode(): what for n, (_, what) in enumerate(self.options, 1)}
+        meaning |= {b"\x1b": "deny", b"\r": self.options[0][1]}
         if self.kind == "codex":
             meaning |= {b"y": "allow", b"a": "session"}
         if key in meaning:
@@ -394,7 +426,9 @@ class Agent:
                 "Notification", notification_type="ToolPermission", message="?", details=call
             )
         self.letters, self.asking = "", True
-        self.screen.dialog = dialog_of(self.kind, call["tool_name"], subject)
+        self.options = options_of(self.kind, call)
+        dialog = other_dialog(call, self.options)
+        self.screen.dialog = dialog or dialog_of(self.kind, call["tool_name"], subject)
         self.screen.draw()
         held: list[subprocess.Popen] = []
         if self.kind == "claude":
@@ -415,7 +449,10 @@ class Agent:
         said = self.hooks.one(hook, "PermissionRequest", call, held.append)
         if said:
             decision = said["hookSpecificOutput"]["decision"]
-            self.answers.put(("hook", decision["behavior"], decision.get("message", "")))
+            if call["tool_name"] == "ExitPlanMode" and decision["behavior"] == "allow":
+                return note("stray", hook=decision)  # as the real one passes it over
+            more = decision.get("updatedInput") or decision.get("message", "")
+            self.answers.put(("hook", decision["behavior"], more))
 
     def end(self, code: int) -> None:
         self.ended = code

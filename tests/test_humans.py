@@ -87,11 +87,15 @@ def test_claude_asks_and_the_hook_brings_the_answer(stand):
     assert (answer["by"], answer["decision"]) == ("hook", "allow")
     wait_until(lambda: stand.asked("allowed")["delivery"] == "delivered")
     stand.activity("idle")
-    said = stand.hub.api("GET", f"sessions/{stand.session_id}/explain")
+    said = {}
+
+    def title_was_read():  # which is done now and then
+        said.update(stand.hub.api("GET", f"sessions/{stand.session_id}/explain"))
+        return not next(s["silent"] for s in said["signals"] if s["name"] == "title")
+
+    wait_until(title_was_read)
     assert (said["signal"], said["reason"]) == ("hook Stop", "its turn is over")
-    by_name = {signal["name"]: signal for signal in said["signals"]}
-    assert by_name["hook Stop"]["decided"]
-    assert not by_name["title"]["silent"]
+    assert next(s["decided"] for s in said["signals"] if s["name"] == "hook Stop")
     assert len(happened(stand.record, "answered")) == 1
     assert happened(stand.record, "stray") == []
 
@@ -122,6 +126,98 @@ def test_where_a_hook_cannot_answer_a_key_does(stand, profile, decision):
     status = {"allow": "allowed", "deny": "denied"}[decision]
     wait_until(lambda: stand.asked(status)["delivery"] == "delivered")
     assert happened(stand.record, "stray") == []
+
+
+@pytest.mark.parametrize("profile", ["codex", "gemini"])
+def test_the_reason_of_a_denial_by_key_is_typed_after_it(stand, profile):
+    tool = {"tool": "run_shell_command" if profile == "gemini" else "shell"}
+    stand.begin(GIT | tool, {"wait": True}, profile=profile)
+    request = stand.asked()
+    wait_until(lambda: "git push" in "\n".join(screen(stand)))
+    stand.decide(request, "deny", reason="not on a Friday")
+    assert stand.answered()["decision"] == "deny"
+    wait_until(lambda: "Denied by admin: not on a Friday" in stand.submitted())
+    assert happened(stand.record, "stray") == []
+    assert stand.alerts() == []
+
+
+CHOICE = {
+    "tool": "AskUserQuestion",
+    "input": {
+        "questions": [
+            {
+                "question": "Which way of signing in?",
+                "header": "Auth",
+                "multiSelect": False,
+                "options": [
+                    {"label": "JWT", "description": "Stateless"},
+                    {"label": "Session cookies", "description": ""},
+                ],
+            }
+        ]
+    },
+}
+PLAN = {"tool": "ExitPlanMode", "input": {"plan": "1. Write the test\n2. Mend the parser"}}
+
+
+def test_a_question_to_choose_from_is_answered_from_afar(stand):
+    stand.begin(CHOICE)
+    asked = stand.asked()
+    assert (asked["asks"], asked["subject"]) == ("question", "Which way of signing in?")
+    stand.activity("blocked:question")
+    bare = stand.hub.ask("POST", f"permissions/{asked['id']}/decide", {"decision": "allow"})
+    assert (bare.status_code, bare.json()["code"]) == (422, "invalid")
+    decided = stand.decide(asked, answers=["JWT"])
+    assert decided["answers"] == {"Which way of signing in?": "JWT"}
+    answer = stand.answered()
+    assert (answer["by"], answer["decision"]) == ("hook", "allow")
+    given = CHOICE["input"] | {"answers": {"Which way of signing in?": "JWT"}}
+    assert answer["message"] == given
+    wait_until(lambda: stand.asked("allowed")["delivery"] == "delivered")
+    stand.activity("idle")
+    assert happened(stand.record, "stray") == []
+
+
+def test_a_question_answered_in_the_terminal_waits_no_more(stand):
+    stand.begin(CHOICE)
+    asked = stand.asked()
+    wait_until(lambda: "Which way" in "\n".join(screen(stand)))
+    type_keys(stand, base64.b64encode(b"2").decode())
+    assert stand.answered()["decision"] == "Session cookies"
+    assert stand.asked("withdrawn")["id"] == asked["id"]
+    stand.activity("idle")
+
+
+def test_a_question_is_declined_with_a_reason(stand):
+    stand.begin(CHOICE)
+    stand.decide(stand.asked(), "deny", reason="decide yourself")
+    answer = stand.answered()
+    assert (answer["decision"], answer["message"]) == ("deny", "decide yourself")
+
+
+def test_no_rule_answers_a_question_or_approves_a_plan(stand):
+    for tool in ("AskUserQuestion", "ExitPlanMode"):
+        stand.hub.api("POST", "rules", {"tool": tool, "action": "allow", "project": "shop"})
+    stand.begin(CHOICE, PLAN)
+    stand.decide(stand.asked(), answers=["JWT"])
+    plan = wait_until(lambda: (p := stand.asked())["asks"] == "plan" and p)
+    assert plan["subject"] == "1. Write the test\n2. Mend the parser"
+    assert len(happened(stand.record, "answered")) == 1
+
+
+@pytest.mark.parametrize("decision", ["allow", "deny"])
+def test_claudes_own_plan_is_decided_by_key(stand, decision):
+    stand.begin(PLAN, {"wait": True})
+    plan = stand.asked()
+    stand.activity("blocked:plan")
+    wait_until(lambda: stand.asked()["via"] and "Would you like" in "\n".join(screen(stand)))
+    stand.decide(plan, decision, **({"reason": "Smaller steps"} if decision == "deny" else {}))
+    answer = stand.answered()
+    assert (answer["by"], answer["decision"]) == ("key", decision)
+    if decision == "deny":
+        wait_until(lambda: "Denied by admin: Smaller steps" in stand.submitted())
+    assert happened(stand.record, "stray") == []
+    assert stand.alerts() == []
 
 
 def screen(stand) -> list[str]:

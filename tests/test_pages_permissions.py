@@ -107,6 +107,65 @@ def test_a_request_arrives_and_is_allowed_with_one_key(worker, page):
     assert (answer["request_id"], answer["decision"]) == (request_id, "allow")
 
 
+CHOICES = {
+    "questions": [
+        {
+            "question": "Which way of <b>signing in</b>?",
+            "header": "Auth",
+            "options": [
+                {"label": "JWT", "description": "Stateless tokens"},
+                {"label": "Cookies", "description": "Sessions in the database"},
+            ],
+        },
+        {
+            "question": "Which clients?",
+            "multiSelect": True,
+            "options": [{"label": "web"}, {"label": "phone"}, {"label": "desk"}],
+        },
+    ]
+}
+
+
+def test_a_question_is_answered_by_choices_or_own_words(worker, page, problems):
+    inbox(page)
+    request_id = worker.ask("AskUserQuestion", CHOICES, asks="question")
+    asks = card(page, request_id)
+    first = asks.get_by_role("group", name="Which way of <b>signing in</b>?")
+    expect(first).to_contain_text("Sessions in the database")
+    asks.get_by_role("button", name="Answer", exact=True).click()
+    expect(asks.get_by_role("alert").first).to_contain_text("give an answer to each")
+    forgive(problems, 422)
+    first.get_by_label("JWT").check()
+    second = asks.get_by_role("group", name="Which clients?")
+    second.get_by_label("web").check()
+    second.get_by_label("desk").check()
+    asks.get_by_role("button", name="Answer", exact=True).click()
+    expect(page.get_by_text("Nothing waits for you")).to_be_visible()
+    lately = page.get_by_role("region", name="Answered lately")
+    expect(lately).to_contain_text("answered: JWT; web, desk by admin")
+    [answer] = worker.heard("permission_answer")
+    assert sorted(answer["answers"].values()) == ["JWT", "web, desk"]
+    other = worker.ask("AskUserQuestion", {"questions": CHOICES["questions"][:1]}, asks="question")
+    card(page, other).get_by_label("In your own words").fill("Passkeys")
+    card(page, other).get_by_label("In your own words").press("Enter")
+    expect(page.get_by_text("Nothing waits for you")).to_be_visible()
+    assert list(worker.asked(other)["answers"].values()) == ["Passkeys"]
+
+
+def test_an_agents_own_plan_is_approved_or_sent_back(worker, page):
+    inbox(page)
+    request_id = worker.ask("ExitPlanMode", {"plan": PLAN}, asks="plan", via="screen")
+    asks = card(page, request_id)
+    expect(asks).to_contain_text("Plan to approve")
+    expect(asks.get_by_role("link", name="read")).to_be_visible()
+    expect(asks.get_by_role("button", name="For this session")).to_have_count(0)
+    asks.get_by_label("Reason of a denial").fill("smaller steps")
+    asks.get_by_role("button", name="Send it back").click()
+    expect(page.get_by_text("Nothing waits for you")).to_be_visible()
+    stands = worker.asked(request_id)
+    assert (stands["status"], stands["reason"]) == ("denied", "smaller steps")
+
+
 def test_a_denial_carries_its_reason_and_enter_in_it_denies(worker, page):
     request_id = worker.ask()
     inbox(page)

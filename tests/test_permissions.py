@@ -70,6 +70,95 @@ def rule(world, action: str, pattern: str | None = None, by=None, **more) -> dic
     return permissions.add_rule(by or world.ada, data)
 
 
+# ── questions and plans ───────────────────────────────────────────────────────────────────────
+
+
+def question(*texts, **more) -> dict:
+    """The input of a question that offers two choices for each text."""
+    choices = [{"label": "JWT", "description": "Stateless"}, {"label": "Cookies"}]
+    return {"questions": [{"question": text, "options": choices} | more for text in texts]}
+
+
+def choose(world, *texts, given=None, **more) -> str:
+    given = given or question(*texts or ("Which?",))
+    return ask(world, tool="AskUserQuestion", asks="question", input=given, **more)
+
+
+def test_a_question_is_answered_in_its_order(shop):
+    asks = choose(shop, "Which way?", "For how long?")
+    decided = permissions.decide(shop.olga, asks, "allow", answers=[" JWT ", "an hour"])
+    assert decided["status"] == "allowed"
+    answered = {"Which way?": "JWT", "For how long?": "an hour"}
+    shown = asked(shop, asks)
+    assert (shown["asks"], shown["subject"]) == ("question", "Which way?\nFor how long?")
+    assert shown["answers"] == answered
+    [frame] = answers(shop)
+    assert (frame["decision"], frame["answers"]) == ("allow", answered)
+    [event] = [e for e in shop.events() if e["type"] == "permission_answered"]
+    assert event["details"]["answers"] == ["JWT", "an hour"]
+
+
+@pytest.mark.parametrize("given", [None, [], [""], ["  "], ["JWT", "more"], ["x" * 4001]])
+def test_a_question_without_its_answers_waits_on(shop, given):
+    asks = choose(shop)
+    with pytest.raises(Invalid, match="answer"):
+        permissions.decide(shop.olga, asks, "allow", answers=given)
+    assert asked(shop, asks)["status"] == "pending"
+
+
+@pytest.mark.parametrize("scope", ["session", "always"])
+def test_an_answer_holds_once(shop, scope):
+    for made in (choose(shop), ask(shop, tool="ExitPlanMode", asks="plan", input={"plan": "x"})):
+        with pytest.raises(Invalid, match="holds once"):
+            permissions.decide(shop.ada, made, "allow", scope=scope, answers=None)
+
+
+def test_only_a_question_takes_answers(shop):
+    with pytest.raises(Invalid, match="Only a question"):
+        permissions.decide(shop.olga, ask(shop), "allow", answers=["yes"])
+    with pytest.raises(Invalid, match="Only a question"):
+        permissions.decide(shop.olga, choose(shop), "deny", answers=["yes"])
+
+
+@pytest.mark.parametrize("given", [{}, {"questions": 3}, {"questions": [3]}, {"questions": [{}]}])
+def test_a_question_that_cannot_be_read_is_answered_in_the_terminal(shop, given):
+    asks = choose(shop, given=given or {"x": 1})
+    with pytest.raises(Invalid, match="in the session's terminal"):
+        permissions.decide(shop.olga, asks, "allow", answers=["JWT"])
+    assert permissions.decide(shop.olga, asks, "deny")["status"] == "denied"
+
+
+@pytest.mark.parametrize("options", [None, 3, [3], [{"label": 3}]])
+def test_choices_that_make_no_sense_are_none(options):
+    [found] = permissions.questions_of(question("Which?", options=options))
+    assert found == {"question": "Which?", "several": False, "options": []}
+
+
+def test_rules_deny_questions_and_plans_and_never_allow_them(shop):
+    rule(shop, "allow", tool="AskUserQuestion")
+    rule(shop, "allow", tool="ExitPlanMode")
+    plan = {"tool": "ExitPlanMode", "asks": "plan", "input": {"plan": "# Do it"}}
+    waiting = [choose(shop), ask(shop, **plan)]
+    assert [asked(shop, one)["status"] for one in waiting] == ["pending", "pending"]
+    assert asked(shop, waiting[1])["subject"] == "# Do it"
+    rule(shop, "deny", tool="AskUserQuestion")
+    assert asked(shop, choose(shop))["status"] == "denied"
+
+
+def test_the_same_answer_again_is_taken_and_another_is_told_who_was_first(shop):
+    asks = choose(shop)
+    first = permissions.decide(shop.olga, asks, "allow", answers=["JWT"])
+    assert permissions.decide(shop.olga, asks, "allow", answers=["JWT"])["id"] == first["id"]
+    with pytest.raises(Conflict) as refused:
+        permissions.decide(shop.olga, asks, "allow", answers=["Cookies"])
+    assert refused.value.code == "decided"
+    assert len(answers(shop)) == 1
+
+
+def test_what_a_frame_asks_is_one_of_three(shop):
+    assert asked(shop, ask(shop, asks="everything"))["asks"] == "permission"
+
+
 # ── asking and deciding ───────────────────────────────────────────────────────────────────────
 
 
