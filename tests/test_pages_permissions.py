@@ -436,6 +436,7 @@ def test_axe_finds_nothing_where_requests_wait(shop, open_browser, look):
     shop.api("POST", f"tasks/{worker.task}/plan", {"plan": PLAN})
     worker.ask("Edit", {"file_path": "/a.py", "old_string": "a\nb", "new_string": "a\nc"})
     worker.ask("Write", {"file_path": "/b.py", "content": "line\n" * 50})
+    worker.ask("AskUserQuestion", CHOICES, asks="question")
     worker.ask(given={"command": "echo 1\n" * 50}, via="screen")
     granted, refused = worker.ask(), worker.ask(given={"command": "x" * 400})
     shop.api("POST", f"permissions/{granted}/decide", {"decision": "allow", "scope": "session"})
