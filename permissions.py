@@ -355,8 +355,11 @@ def _answered(asked: dict, decision: str, answers: list[str] | None) -> str | No
     if max(map(len, given), default=0) > ANSWER_MOST:
         raise Invalid(f"An answer may have {ANSWER_MOST} characters.", field="answers")
     if len(given) != len(questions) or not all(given):
+        asks = (
+            "one question" if len(questions) == 1 else f"{len(questions)} questions, in this order"
+        )
         raise Invalid(
-            f"It asks {len(questions)}: give an answer to each, in their order.", field="answers"
+            f"It asks {asks}: give an answer to each. " + " ".join(questions)[:500], field="answers"
         )
     return dumps(dict(zip(questions, given, strict=True)))
 

@@ -271,6 +271,26 @@ def test_a_permission_request_is_denied_with_a_reason(floor):
     assert (found["id"], found["reason"]) == (asked, "Use the mirror")
 
 
+def test_what_a_coding_agent_asks_to_choose_is_shown_and_answered(floor):
+    options = [{"label": "JWT", "description": "Stateless\x1b[2J"}, {"label": "Cookies"}, 3]
+    asks = [
+        {"question": "Which way?", "options": options},
+        {"question": "Which clients?", "multiSelect": True, "options": None},
+    ]
+    asked = floor.ask(tool="AskUserQuestion", asks="question", input={"questions": asks})
+    shown = run("permission", "show", asked[:8]).stdout
+    assert "It asks you to choose" in shown and "multiSelect" not in shown
+    assert "Which way?\n- JWT: Stateless\\x1b[2J\n- Cookies\n" in shown
+    assert "Which clients? (several are possible)" in shown
+    refused = run("permission", "answer", asked, "JWT", code=1).stderr
+    assert "It asks 2 questions" in refused and "Which clients?" in refused
+    assert "It asks 2 questions" in run("permission", "allow", asked, code=1).stderr
+    said = run("permission", "answer", asked, "JWT", "web, phone").stdout
+    assert "Answered" in said and "web, phone" in said
+    answers = floor.command("permission_answer")["answers"]
+    assert answers == {"Which way?": "JWT", "Which clients?": "web, phone"}
+
+
 def test_all_that_a_tool_is_given_is_shown(floor):
     given = {"file_path": "/srv/a.py", "content": "import os\nprint('\u202e')\n"}
     shown = run("permission", "show", floor.ask(tool="Write", input=given)).stdout
