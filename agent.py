@@ -1903,7 +1903,7 @@ class Sessions:
         self.bin = install_cli(make_private_dir(state_dir / "bin"))
         self.profiles = parse_profiles(store.get("profiles", {}))
         self.lock = threading.RLock()
-        self.on_typed = lambda session: None  # told of what people type
+        self.on_typed = lambda session, data: None  # told of what people type
         self.all = {session.session_id: session for session in store.sessions()}
         self._releases = can_release(self.root)
         self._release_at = 0.0
@@ -2293,10 +2293,15 @@ class Sessions:
                 f"The session waits at a prompt ({state}): answer that first; nothing was typed."
             )
 
+    def draft(self, session):
+        """What stands in the session's prompt box, "" where that cannot be seen."""
+        return self._draft(session, self.profiles.get(session.profile) or {})
+
     def _draft(self, session, profile):
         """What stands in the prompt box; it may be a hint that nobody has typed."""
-        lines = self.terminal(session).screen(session.tmux_name)
-        return draft_of(profile["draft"], lines) if profile.get("draft") else ""
+        if not profile.get("draft"):
+            return ""
+        return draft_of(profile["draft"], self.terminal(session).screen(session.tmux_name))
 
     def _paste(self, session, profile, text, before):
         """Paste the text and wait until it is there; what stands in the prompt box then, "" where
@@ -2368,7 +2373,7 @@ class Sessions:
                 self._own_pane(session)
                 terminal.send(session.tmux_name, data)
         self._look_soon(session)
-        self.on_typed(session)
+        self.on_typed(session, data)
 
     def send_keys(self, session, keys):
         """Press keys that answer a dialog."""
@@ -2391,7 +2396,7 @@ class Sessions:
             typing.release()
         if done:
             self._look_soon(session)
-            self.on_typed(session)
+            self.on_typed(session, data)
         return done
 
     def resize(self, session_id, cols, rows):
@@ -4137,11 +4142,14 @@ class Mail:
     AT_ONCE = {"intervention_response", "plan_approved", "plan_revision", "task_cancelled"}
     AT_ONCE |= {"permission_denied"}
     INTERRUPT_S = 5  # longest wait for an agent to heed an interruption
+    HANDS_S = 3  # since a person typed: they may be in the middle of it
+    DRAFT_S = 600  # for which what they have typed and not sent is left to them
 
     def __init__(self, agent):
         self.agent = agent
         self.lock = threading.Lock()
         self.waiting = collections.defaultdict(list)  # session id: frames
+        self.hands = {}  # session id: when a person typed last what is not sent yet (monotonic)
 
     def put(self, frame):
         """Keep it until it can be said; LATER, unless it need not be."""
@@ -4152,6 +4160,13 @@ class Mail:
             self.waiting[frame["session_id"]].append(frame)
         self._try(frame["session_id"])
         return LATER
+
+    def notice_hands(self, session_id, data):
+        """A person has typed this: unless it sends or drops what they had typed, it is a draft."""
+        if data.endswith((b"\r", b"\x1b", b"\x03")):
+            self.hands.pop(session_id, None)
+        else:
+            self.hands[session_id] = time.monotonic()
 
     def look(self):
         """Try again what could not be said yet."""
@@ -4189,9 +4204,23 @@ class Mail:
             return False
         if activity == "no_signal" and self._is_starting(session):
             return False  # what is typed before it reads would be lost
+        if self._is_in_use(session):
+            return False  # what we type would be mixed with theirs, and sent with it
         if frame["type"] in self.AT_ONCE or frame.get("urgent"):
             return True
         return activity != "working" or not self._knows_idle(session)
+
+    def _is_in_use(self, session):
+        """Whether a person is typing there, or has typed what they have not sent."""
+        since = time.monotonic() - self.hands.get(session.session_id, -math.inf)
+        if since < self.HANDS_S:
+            return True
+        if since > self.DRAFT_S:
+            self.hands.pop(session.session_id, None)
+            return False
+        with contextlib.suppress(AgentError):
+            return bool(self.agent.sessions.draft(session))
+        return False
 
     def _is_starting(self, session):
         state = self.agent.activities.states.get(session.session_id)
@@ -4509,8 +4538,9 @@ class Agent:
                 ids = {"request_id": request.request_id, "session_id": request.session_id}
                 self.lanes.put({**frame, **ids})
 
-    def _was_typed(self, session):
+    def _was_typed(self, session, data):
         """A person has typed: perhaps the answer to a dialog."""
+        self.mail.notice_hands(session.session_id, data)
         if self.activities.of(session.session_id):
             self.activities.signal(session, "typed", by="terminal")
 
@@ -4678,7 +4708,7 @@ class Agent:
     def _gives_reason(self, frame):
         """Whether a reason is yet to be typed: the key of a denial says none."""
         session = self.sessions.all.get(frame["session_id"])
-        if frame["decision"] != "deny" or not frame.get("message") or session is None:
+        if frame.get("decision") != "deny" or not frame.get("message") or session is None:
             return False
         if not self.activities.profile(session).get("text"):
             return False  # no coding agent reads it

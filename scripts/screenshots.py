@@ -1,9 +1,12 @@
 """Pictures of the pages, for the README: `make screenshots` puts them into docs/screenshots/.
 
-A hub with two agents that have run the pipeline of the examples, and with things to decide on.
+A hub with two agents that have run the pipeline of the examples, and with things to decide on. The
+coding agent in them is the stand-in of the tests.
 """
 
+import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,6 +15,10 @@ from playwright.sync_api import sync_playwright
 import showcase
 from demo import Demo
 from processes import CHROMIUM, CHROMIUM_FLAGS, ROOT, until
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+import standin  # noqa: E402
 
 FOLDER = ROOT / "docs" / "screenshots"
 DESKTOP = {"width": 1280, "height": 800}
@@ -29,6 +36,33 @@ TYPED = r"""clear; printf '\033[1;36m$\033[0m pytest -q\n'; printf '\033[32m%s\0
 "....................................... [ 72%]" "...............                         [100%]"; \
 printf '\033[1;32m54 passed\033[0m in 1.82s\n'
 """
+
+
+CHOICES = [
+    {"label": "Session cookies", "description": "As the shop has them today"},
+    {"label": "JWT", "description": "Stateless, for the app as well"},
+]
+ASKS = {  # title of a task: what its coding agent asks
+    "Sign in from the app": {
+        "tool": "AskUserQuestion",
+        "input": {
+            "questions": [
+                {
+                    "question": "Which way of signing in should the API use?",
+                    "header": "Auth",
+                    "options": CHOICES,
+                }
+            ]
+        },
+    },
+    "Release 2.4": {
+        "tool": "Bash",
+        "input": {
+            "command": "git push origin main --follow-tags",
+            "description": "Push the release and its tag",
+        },
+    },
+}
 
 
 # The scratch directory has another name each time: a picture does not show it.
@@ -63,6 +97,8 @@ def pages(made: dict[str, str]) -> dict[str, str]:
         "projects": "/projects",
         "settings": "/settings",
         "events": "/events",
+        "rules": "/rules",
+        "decisions": "/permissions",
     }
 
 
@@ -75,6 +111,7 @@ def fill(demo: Demo) -> dict[str, str]:
         return call("GET", f"pipelines/{pipeline['id']}")["counts"].get("done") == 7
 
     until(done, "the pipeline is done")
+    ask(demo)
     made = showcase.fill(call, "dev-desktop") | {"pipeline": pipeline["id"]}
     made["server"] = demo.server_ids[0]
     body = {"server_id": "dev-backend", "name": "shell", "command": ["sh"]}
@@ -83,6 +120,26 @@ def fill(demo: Demo) -> dict[str, str]:
     call("POST", "sessions/shell/input", {"text": TYPED})
     until(lambda: "54 passed" in _screen(call), "the session has printed")
     return made
+
+
+def install_agent(scratch: Path) -> None:
+    """Put a coding agent on the PATH of whoever has this home."""
+    standin.install(scratch / "bin", [])
+    for name in (".profile", ".bash_profile", ".zprofile"):
+        (scratch / name).write_text(f'export PATH="{scratch / "bin"}:$PATH"\n')
+
+
+def ask(demo: Demo) -> None:
+    """Have coding agents ask, one after the other."""
+    for count, (title, step) in enumerate(ASKS.items(), 1):
+        (demo.scratch / "bin" / "scenario.json").write_text(json.dumps([step]))
+        body = {"title": title, "profile": "claude", "repo": "core-service", "auto_assign": True}
+        demo.call("POST", "tasks", body)
+        until(lambda: len(_waiting(demo.call)) == count, f"{title} asks")  # noqa: B023
+
+
+def _waiting(call) -> list[dict]:
+    return call("GET", "permissions?status=pending")["permissions"]
 
 
 def _screen(call) -> str:
@@ -120,6 +177,7 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="orc-") as scratch:
+        install_agent(Path(scratch))
         demo = Demo(Path(scratch))
         try:
             demo.start()

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "permission list": "test_cli_human.py",
     "permission show": "test_cli_human.py",
     "permission allow": "test_cli_human.py",
+    "permission answer": "test_cli_human.py",
     "permission deny": "test_cli_human.py",
     "rule list": "test_cli_human.py",
     "rule add": "test_cli_human.py",

@@ -6,6 +6,7 @@ import uuid
 
 import pytest
 
+import agent
 from conftest import wait_until
 from standin import happened, install
 
@@ -363,6 +364,21 @@ def test_a_note_waits_until_the_worker_is_idle_and_an_urgent_one_interrupts(stan
     stand.hub.api("POST", f"tasks/{stand.task['id']}/notes", urgent)
     wait_until(lambda: len(stand.submitted()) == 3)
     assert len(happened(stand.record, "interrupted")) == 1
+
+
+def test_what_a_person_has_not_sent_yet_is_not_mixed_with_what_we_type(stand):
+    stand.begin({"wait": True}, {"wait": True}, {"wait": True})
+    stand.activity("idle")
+    type_keys(stand, base64.b64encode(b"rewrite the").decode())
+    stand.hub.api("POST", f"tasks/{stand.task['id']}/notes", {"content": "mind the gap"})
+    with pytest.raises(pytest.fail.Exception):
+        wait_until(lambda: len(stand.submitted()) > 1, agent.Mail.HANDS_S + 2)
+    type_keys(stand, base64.b64encode(b" parser\r").decode())
+    wait_until(lambda: len(stand.submitted()) == 3)
+    assert stand.submitted()[1:] == [
+        "rewrite the parser",
+        "Note from admin on your task:\nmind the gap",
+    ]
 
 
 def test_a_plan_goes_round_until_it_is_approved(stand):
