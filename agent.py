@@ -3678,13 +3678,15 @@ class Requests:
                 return self.answered[request_id]
             request = self.open.get(request_id)
             if request is None:
-                request = self._begin(session, request_id, "hook", payload)
+                # What a hook says of a plan is ignored (Claude Code 2.1): its answer is a key.
+                via = "screen" if payload.get("asks") == "plan" else "hook"
+                request = self._begin(session, request_id, via, payload)
                 if request is None:
                     return None
+            if request.asks == "plan":
+                return None
             request.held = True
         try:
-            if request.asks == "plan":
-                return self._leave_to_keys(request)
             answer = self._hold(session, request, gone, holds)
             if answer:
                 request.passing = True
@@ -3731,14 +3733,6 @@ class Requests:
                         self._save()
                         return None
         return request.answer
-
-    def _leave_to_keys(self, request):
-        """What a hook says of a plan is ignored (Claude Code 2.1): a person's answer is a key."""
-        if not self._taken(request):
-            return self.end(request, "left to the terminal, since the hub did not answer in time")
-        with self.lock:
-            request.via = "screen"
-            self._save()
 
     def _taken(self, request):
         """Whether the hub has stored the request; it is given a moment for that."""
@@ -4059,7 +4053,8 @@ def print_answer(ours, event, said, payload):
     if form is None:
         return
     given = {"{reason}": answer.get("message") or "Denied in Orchestratia."}
-    given["{answered}"] = {**(payload.get("tool_input") or {}), "answers": answer.get("answers")}
+    asked = payload.get("tool_input") if isinstance(payload.get("tool_input"), dict) else {}
+    given["{answered}"] = {**asked, "answers": answer.get("answers")}
     print(json.dumps(filled_in(form, given)), flush=True)
     if said.get("confirm"):
         with contextlib.suppress(OSError):
@@ -4170,6 +4165,8 @@ class Mail:
 
     def look(self):
         """Try again what could not be said yet."""
+        for session_id in [s for s in list(self.hands) if s not in self.agent.sessions.all]:
+            self.hands.pop(session_id, None)
         for session_id in list(self.waiting):
             if self._due(session_id):
                 self._try(session_id)

@@ -133,7 +133,12 @@ def ask(demo: Demo) -> None:
     """Have coding agents ask, one after the other."""
     for count, (title, step) in enumerate(ASKS.items(), 1):
         (demo.scratch / "bin" / "scenario.json").write_text(json.dumps([step]))
-        body = {"title": title, "profile": "claude", "repo": "core-service", "auto_assign": True}
+        body = {
+            "title": title,
+            "profile": "claude",
+            "target_repo": "core-service",
+            "auto_assign": True,
+        }
         demo.call("POST", "tasks", body)
         until(lambda: len(_waiting(demo.call)) == count, f"{title} asks")  # noqa: B023
 
