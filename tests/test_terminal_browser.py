@@ -135,6 +135,7 @@ def test_a_reload_in_the_middle_of_output_misses_and_repeats_nothing(run, open_b
 def test_the_page_comes_back_by_itself_when_the_hub_restarts(run, open_browser, hub, problems):
     run()
     one = Terminal(open_browser())
+    one.until_stands("live")
     one.enter("echo before")
     one.until_shows("before\n")
     hub.kill()
