@@ -83,13 +83,23 @@ def test_what_is_typed_is_echoed_and_runs(run, open_browser):
     one.until_shows(r"\n42 äöü ✓")
 
 
+def until_it_fits(one: Terminal) -> str:
+    """Until the program has the size that the page shows, as `rows cols`; tmux waits a moment for
+    sizes that follow each other."""
+
+    def fits():
+        one.enter("clear; stty size")
+        cols, rows = one.size().partition(",")[0].split("×")
+        return f"{rows} {cols}" if f"{rows} {cols}\n" in one.text() else None
+
+    return wait_until(fits, every=0.3)
+
+
 def test_the_owner_of_the_size_fits_it_to_the_window_and_others_do_not(run, open_browser):
     run()
     one = Terminal(open_browser(viewport={"width": 1280, "height": 800}))
     wait_until(lambda: "your size" in one.size())
-    one.enter("stty size")
-    rows, cols = map(int, re.search(r"\n(\d+) (\d+)\n", one.until_shows(r"\n\d+ \d+\n")).groups())
-    assert one.size().startswith(f"{cols}×{rows}")
+    rows, cols = until_it_fits(one).split()
     two = Terminal(open_browser(viewport={"width": 700, "height": 500}))
     wait_until(lambda: "size by admin" in two.size())
     assert two.size().startswith(f"{cols}×{rows}")  # a watcher never resizes
@@ -98,10 +108,7 @@ def test_the_owner_of_the_size_fits_it_to_the_window_and_others_do_not(run, open
     assert "your size" in one.size()
     two.page.get_by_role("button", name="Take size").click()
     wait_until(lambda: "your size" in two.size() and "size by admin" in one.size())
-    cols, rows = two.size().partition(",")[0].split("×")
-    told = f"{rows} {cols}\n"  # tmux waits a moment for sizes that follow each other
-    wait_until(lambda: two.enter("clear; stty size") or told in two.text(), every=0.3)
-    one.until_shows(told)
+    one.until_shows(until_it_fits(two))
     expect(two.page.get_by_role("button", name="Take size")).to_be_hidden()
 
 
