@@ -35,7 +35,7 @@ def capture(argv: list[str]) -> list[str]:
     finally:
         subprocess.run([*tmux, "kill-server"], capture_output=True)
         shutil.rmtree(folder, ignore_errors=True)
-    said = "\n".join(lines).replace(str(project), "/work/project")
+    said = "\n".join(lines).replace(str(project), "/home/project")
     return said.replace(str(folder), "/home/dev").split("\n")
 
 
