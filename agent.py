@@ -2966,16 +2966,9 @@ def is_blocked(state):
     return state["activity"].startswith("blocked")
 
 
-def dialogs_of(hook):
-    """The kinds of dialogs a hook tells of: permission, question, plan."""
-    states = [hook.get("state") or "", *(hook.get("by_tool") or {}).values()]
-    return [state.removeprefix("blocked:") for state in states if state.startswith("blocked:")]
-
-
 def dialog_of(hook, payload):
     """The kind of dialog that a hook's payload is about."""
-    state = (hook.get("by_tool") or {}).get(payload.get("tool_name")) or hook.get("state") or ""
-    kind = state.removeprefix("blocked:")
+    kind = (_said_by(hook, payload) or "").removeprefix("blocked:")
     return kind if kind in ("question", "plan") else "permission"
 
 
@@ -3496,7 +3489,6 @@ class Activities:
         size, looks = self._looked.get(session.session_id, (None, 0))
         now = self.sessions.log_size(session)
         self._looked[session.session_id] = now, looks + 1 if size == now else 0
-        # One that works may have stopped without a word, on a screen that long stands still.
         return size != now or looks < LOOKS or self.of(session.session_id) == "working"
 
     def _note_output(self, session):
@@ -3822,8 +3814,8 @@ class Requests:
     def _comes_by_hook(self, session, dialog):
         """Whether a hook is about to tell of such a dialog."""
         hooks = self.activities.profile(session).get("hooks") or ()
-        kinds = [kind for hook in hooks if hook.get("request") for kind in dialogs_of(hook)]
-        return dialog["kind"] in kinds
+        state = f"blocked:{dialog['kind']}"
+        return any(state in _states_of(hook) for hook in hooks if hook.get("request"))
 
     @staticmethod
     def _is_known(ours, mark):
@@ -4201,22 +4193,19 @@ class Mail:
             return False
         if activity == "no_signal" and self._is_starting(session):
             return False  # what is typed before it reads would be lost
-        if self._is_in_use(session):
-            return False  # what we type would be mixed with theirs, and sent with it
-        if frame["type"] in self.AT_ONCE or frame.get("urgent"):
-            return True
-        return activity != "working" or not self._knows_idle(session)
+        at_once = frame["type"] in self.AT_ONCE or frame.get("urgent")
+        if activity == "working" and not at_once and self._knows_idle(session):
+            return False
+        return not self._is_in_use(session)
 
     def _is_in_use(self, session):
-        """Whether a person is typing there, or has typed what they have not sent."""
+        """Whether a person is typing there, or has typed what they have not sent: what we type
+        would be mixed with it, and sent with it."""
         since = time.monotonic() - self.hands.get(session.session_id, -math.inf)
-        if since < self.HANDS_S:
-            return True
         if since > self.DRAFT_S:
-            self.hands.pop(session.session_id, None)
             return False
         with contextlib.suppress(AgentError):
-            return bool(self.agent.sessions.draft(session))
+            return since < self.HANDS_S or bool(self.agent.sessions.draft(session))
         return False
 
     def _is_starting(self, session):
@@ -4687,29 +4676,29 @@ class Agent:
             self._not_delivered(frame, "not_delivered", str(error))
 
     def _press(self, frame):
-        request = self.requests.open.get(frame["request_id"])
+        request, left = self.requests.open.get(frame["request_id"]), None
         try:
             if request is None:
                 raise AgentError("nobody waits for it any more")
             self.requests.press(request)
             self.requests.tell(request.request_id, request.session_id, "delivered")
+            left = self._say_why(frame)
         except AgentError as error:
             self._not_delivered({**frame, "type": "permission_answer"}, "not_delivered", str(error))
-            frame = {**frame, "message": None}
         finally:
             if request is not None:
                 self.requests.close(request)
-            if not self._gives_reason(frame):
+            if left is not LATER:
                 self.store.done(frame["epoch"], frame["id"])
 
-    def _gives_reason(self, frame):
-        """Whether a reason is yet to be typed: the key of a denial says none."""
+    def _say_why(self, frame):
+        """Have the reason of a denial typed, since its key says none; LATER if it will be."""
         session = self.sessions.all.get(frame["session_id"])
         if frame.get("decision") != "deny" or not frame.get("message") or session is None:
-            return False
+            return None
         if not self.activities.profile(session).get("text"):
-            return False  # no coding agent reads it
-        return self.mail.put({**frame, "type": "permission_denied"}) is LATER
+            return None  # no coding agent reads it
+        return self.mail.put({**frame, "type": "permission_denied"})
 
     def _rules_changed(self, frame):
         self.rules.take(frame["rules"])

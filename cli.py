@@ -1503,15 +1503,13 @@ def intervention_detail(screen, asked):
 
 def choices(screen, asked):
     """A question of a coding agent with what it offers to choose from."""
-    offered = asked.get("options") if isinstance(asked.get("options"), list) else []
-    told = [option for option in offered if isinstance(option, dict)]
     lines = [
-        ": ".join(str(option[name]) for name in ("label", "description") if option.get(name))
-        for option in told
+        ": ".join(filter(None, (option["label"], option["description"])))
+        for option in asked["options"]
     ]
-    several = " (several are possible)" if asked.get("multiSelect") else ""
+    several = " (several are possible)" if asked["several"] else ""
     shown = "\n".join(f"- {exact_line(line)}" for line in lines)
-    return screen.section(exact_line(asked.get("question") or "?") + several, Text(shown))
+    return screen.section(exact_line(asked["question"]) + several, Text(shown))
 
 
 PERMISSION_HEADS = {"question": "It asks you to choose", "plan": "It asks you to approve its plan"}
@@ -1541,9 +1539,8 @@ def permission_detail(screen, asked):
     head = Text(heading.format(exact_line(asked.get("tool") or "?")), "bold")
     subject, whole = asked.get("subject") or "", asked.get("input") or {}
     parts = [screen.section("What", Text(exact(subject)))]
-    if asked.get("asks") == "question" and isinstance(whole.get("questions"), list):
-        parts = [choices(screen, each) for each in whole["questions"] if isinstance(each, dict)]
-        whole = {}
+    if asked.get("questions"):
+        parts, whole = [choices(screen, each) for each in asked["questions"]], {}
     if answers := asked.get("answers"):
         parts.append(screen.section("Answers", Text(exact(yaml_text(answers)).rstrip())))
     if rest := {name: value for name, value in whole.items() if value != subject}:

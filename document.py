@@ -314,6 +314,17 @@ class Intervention(Answer):
     delivery_why: str | None
 
 
+class Choice(Answer):
+    label: str
+    description: str
+
+
+class Question(Answer):
+    question: str
+    several: bool = Field(description="more than one of the options may be chosen")
+    options: list[Choice]
+
+
 class Permission(Answer):
     id: str
     status: Literal["pending", "allowed", "denied", "withdrawn"]
@@ -337,6 +348,7 @@ class Permission(Answer):
     decided_at: str | None
     scope: Literal["once", "session", "always"] | None
     reason: str | None
+    questions: list[Question] = Field(description="what it asks to choose, in order")
     answers: dict[str, str] | None = Field(description="{question: answer}")
     rule_id: str | None
     delivery: Literal["sent", "delivered", "unknown", "failed"] | None

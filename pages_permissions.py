@@ -87,9 +87,6 @@ def beginning_of(text: str) -> str:
     return "\n".join(lines[:BEGINNING_LINES])[:BEGINNING_MOST]
 
 
-bp.add_app_template_global(permissions.questions_of, "questions_of")
-
-
 @bp.app_template_global()
 def patterns_of(asked: dict) -> list[str]:
     """The patterns of the rules that would stand for exactly this request."""

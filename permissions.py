@@ -151,6 +151,10 @@ def questions_of(given: dict) -> list[dict]:
     ]
 
 
+def _questions(asked: dict) -> list[dict]:
+    return questions_of(loads(asked["input"])) if asked["asks"] == "question" else []
+
+
 def _list(value) -> list:
     return value if isinstance(value, list) else []
 
@@ -222,7 +226,7 @@ def _answers_in_order(asked: dict) -> list[str] | None:
     if not asked["answers"]:
         return None
     answers = loads(asked["answers"])
-    return [answers[each["question"]] for each in questions_of(loads(asked["input"]))]
+    return [answers[each["question"]] for each in _questions(asked)]
 
 
 def _answer(tx: Transaction, session: dict, asked: dict) -> None:
@@ -346,7 +350,7 @@ def _answered(asked: dict, decision: str, answers: list[str] | None) -> str | No
         if answers:
             raise Invalid("Only a question that is allowed takes answers.", field="answers")
         return None
-    questions = [each["question"] for each in questions_of(loads(asked["input"]))]
+    questions = [each["question"] for each in _questions(asked)]
     if not questions:
         raise Invalid(
             "Its questions cannot be read here: answer in the session's terminal.", field="answers"
@@ -456,6 +460,7 @@ def permissions_json(found: list[dict]) -> list[dict]:
         {name: row[name] for name in shown}
         | {
             "input": loads(row["input"]),
+            "questions": _questions(row),
             "answers": loads(row["answers"]) if row["answers"] else None,
             "server_name": hosts.get(row["server_id"]),
             "session_name": names.get(row["session_id"]),

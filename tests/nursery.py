@@ -13,6 +13,7 @@ if __name__ == "__main__":
     monkey.patch_all()  # as in the hub itself, before all else
 
 import atexit
+import functools
 import json
 import os
 import signal
@@ -51,7 +52,9 @@ class Nursery:
         self._process.stdout.close()
 
 
-_nursery: list[Nursery] = []
+@functools.cache
+def _nursery() -> Nursery:
+    return Nursery()
 
 
 class Hub:
@@ -59,17 +62,15 @@ class Hub:
 
     def __init__(self, flags: list[str], env: dict[str, str], pipe: Path):
         """pipe: where a named pipe is made; `stdout` reads it."""
-        if not _nursery:
-            _nursery.append(Nursery())
         pipe.unlink(missing_ok=True)
         os.mkfifo(pipe)
         self.returncode = None
-        self.pid = _nursery[0].ask(start={"flags": flags, "env": env, "into": str(pipe)})
+        self.pid = _nursery().ask(start={"flags": flags, "env": env, "into": str(pipe)})
         self.stdout = pipe.open()
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            self.returncode = _nursery[0].ask(ended=self.pid)
+            self.returncode = _nursery().ask(ended=self.pid)
         return self.returncode
 
     def wait(self, timeout: float = 60.0) -> int:
