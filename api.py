@@ -9,7 +9,14 @@ from uuid import UUID
 
 from apiflask import APIBlueprint
 from flask import Response, request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 import auth
 import cascade
@@ -60,6 +67,21 @@ Argument = Annotated[
 
 
 BIGGEST = 2**63 - 1  # what the database can store
+
+
+def valid(shape: type[BaseModel], fields: dict) -> BaseModel:
+    """Fields as the API checks them. Raises Invalid that names the first wrong one."""
+    try:
+        return shape.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise Invalid(f"{where or 'The form'}: {first['msg']}.", field=where) from None
+
+
+def checked(shape: type[BaseModel], fields: dict) -> dict:
+    """Just the fields that say something, as the API checks them. Raises Invalid."""
+    return valid(shape, fields).model_dump(exclude_unset=True)
 
 
 class Shape(BaseModel):

@@ -13,7 +13,7 @@ import threading
 import time
 from base64 import urlsafe_b64encode
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from werkzeug.security import check_password_hash, generate_password_hash
@@ -72,7 +72,8 @@ class Caller:
 
     kind: user, server, session or hub. roles: {project_id: key of RIGHTS}; a hub admin and the
     hub itself need none. session_id, task_id, attempt: of a session key. token_id: of a person.
-    key_hash: of a server, the key it has shown.
+    key_hash: of a server, the key it has shown. where: how people are told they came, such as
+    "on the dashboard".
     """
 
     kind: str
@@ -86,6 +87,7 @@ class Caller:
     attempt: int | None = None
     token_id: str | None = None
     key_hash: str | None = None
+    where: str | None = None
 
     @property
     def actor(self) -> str:
@@ -216,15 +218,19 @@ def offloop(function, *args):
 
 def by_token(secret: str) -> Caller:
     """The person behind a token of kind api or web. Raises Unauthorised."""
-    return _by_token_hash(digest(secret))
+    return _person("t.hash = ? AND t.kind IN ('api', 'web')", digest(secret))
 
 
-def _by_token_hash(hashed: str) -> Caller:
+def by_token_id(token_id: str) -> Caller:
+    """The person who has signed in, or is paired, by this token. Raises Unauthorised."""
+    return _person("t.id = ? AND t.kind <> 'link'", token_id)
+
+
+def _person(condition: str, value: str) -> Caller:
     found = one(
         "SELECT t.id AS token_id, t.expires_at, u.id, u.username, u.is_admin, u.disabled"
-        " FROM token t JOIN user u ON u.id = t.user_id"
-        " WHERE t.hash = ? AND t.kind IN ('api', 'web')",
-        (hashed,),
+        f" FROM token t JOIN user u ON u.id = t.user_id WHERE {condition}",
+        (value,),
     )
     if not found or found["expires_at"] < time.time() or found["disabled"]:
         raise Unauthorised("This token is not valid (any more): sign in again.")
@@ -289,8 +295,7 @@ def again(caller: Caller) -> Caller | None:
     """The same caller as they stand now; None when they may not call any more."""
     try:
         if caller.kind == "user":
-            found = one("SELECT hash FROM token WHERE id = ?", (caller.token_id,))
-            return _by_token_hash(found["hash"]) if found else None
+            return replace(by_token_id(caller.token_id), where=caller.where)
         if caller.kind == "session":
             return _by_session_key(session_key(caller.session_id))
         found = one("SELECT key_hash FROM server WHERE id = ? AND revoked = 0", (caller.id,))
@@ -302,7 +307,7 @@ def again(caller: Caller) -> Caller | None:
 # ── people ────────────────────────────────────────────────────────────────────────────────────
 
 TOKENS_SHOWN = 100
-TOKEN_DAYS = {"api": 90, "web": 14}
+TOKEN_DAYS = {"api": 90, "web": 14, "telegram": 3650}  # a pairing ends when somebody ends it
 LOGIN_LINK_S = 3600
 PASSWORD_LENGTH = 8
 # Tries within the window before a pause: for one account from one address, and for one address.
@@ -314,15 +319,16 @@ _wrong: OrderedDict[tuple, deque] = OrderedDict()
 _wrong_lock = threading.Lock()
 
 
-def _count_try(who: tuple, most: int, now: float) -> None:
-    """Count a try before it is looked at, so that many at once do not slip through."""
+def count_try(who: tuple, most: int, now: float, what: str = "passwords") -> None:
+    """Count a try before it is looked at, so that many at once do not slip through.
+
+    who: whatever is to be told apart. now: time.monotonic(). Raises TooMany.
+    """
     with _wrong_lock:
         tries = _wrong.setdefault(who, deque(maxlen=most))
         if len(tries) == most and now - tries[0] < TRIES_WINDOW_S:
             wait = int(TRIES_WINDOW_S - (now - tries[0])) + 1
-            raise TooMany(
-                f"Too many wrong passwords: wait {wait} s and try again.", retry_after=wait
-            )
+            raise TooMany(f"Too many wrong {what}: wait {wait} s and try again.", retry_after=wait)
         tries.append(now)
         _wrong.move_to_end(who)
         while len(_wrong) > TRIES_KEPT:
@@ -332,8 +338,8 @@ def _count_try(who: tuple, most: int, now: float) -> None:
 def _begin_try(username: str, address: str) -> tuple[tuple, tuple]:
     """Count a try at a password; what `_forgive` needs when it is right. Raises TooMany."""
     now, account, place = time.monotonic(), (username.lower(), address), (None, address)
-    _count_try(place, TRIES_OF_ADDRESS, now)
-    _count_try(account, TRIES, now)
+    count_try(place, TRIES_OF_ADDRESS, now)
+    count_try(account, TRIES, now)
     return account, place
 
 
@@ -469,6 +475,20 @@ def change_own_password(caller: Caller, old: str, new: str, address: str = "") -
 
 
 # ── all people ────────────────────────────────────────────────────────────────────────────────
+
+
+def pair(user_id: str, name: str) -> str:
+    """A token of kind telegram, inside the caller's transaction; its id. Its secret is not kept:
+    nobody signs in with it, and whatever ends the user's other tokens ends it too."""
+    life = TOKEN_DAYS["telegram"] * 86400
+    made = Token.create(
+        user_id=user_id,
+        kind="telegram",
+        name=name,
+        hash=digest(secrets.token_urlsafe(32)),
+        expires_at=time.time() + life,
+    )
+    return made.id
 
 
 def logout(caller: Caller) -> None:

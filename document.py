@@ -353,7 +353,7 @@ class Permission(Answer):
     rule_id: str | None
     delivery: Literal["sent", "delivered", "unknown", "failed"] | None
     delivery_why: str | None
-    answered_where: str | None = Field(description="where it was settled without an answer")
+    answered_where: str | None = Field(description="where it was decided or settled")
 
 
 class Grant(Answer):

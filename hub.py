@@ -27,12 +27,14 @@ from apscheduler.schedulers.background import BackgroundScheduler
 import api
 import api_permissions
 import auth
+import chats
 import document
 import inbox
 import install
 import live
 import logs
 import models
+import notices
 import pages
 import pages_events
 import pages_permissions
@@ -41,11 +43,14 @@ import pages_servers
 import pages_sessions
 import pages_settings
 import pages_tasks
+import pages_telegram
 import permissions
 import servers
 import sessions
 import sockets
 import tasks
+import telegram
+import telegram_words
 import terminals
 import web
 import ws
@@ -60,6 +65,7 @@ PAGES = (
     pages_pipelines,
     pages_servers,
     pages_sessions,
+    pages_telegram,
     pages_settings,
     pages_events,
 )
@@ -80,6 +86,11 @@ SETTINGS = (
     ("tick_s", 5.0, "how often silence is looked for, in seconds"),
     ("due_s", 1.0, "how often retries and timeouts are looked for, in seconds"),
     ("registration_s", 3600.0, "life of a registration token, in seconds"),
+    ("telegram_token", "", "the bot's token, as @BotFather gives it; better not as a flag"),
+    ("telegram_api", "https://api.telegram.org", "where the Bot API is reached"),
+    ("telegram_wait_s", 120.0, "how long a phone waits while its dashboard is looked at"),
+    ("telegram_again_s", 600.0, "after how long what still waits is said again, in seconds"),
+    ("telegram_merge_s", 10.0, "what follows one of its kind so soon is told with others"),
     ("log_session_mb", 64.0, "most output kept of one session, the newest, in megabytes"),
     ("log_total_mb", 10240.0, "most output kept of all sessions together, in megabytes"),
     ("max_body_mb", 32.0, "largest request accepted, in megabytes"),
@@ -88,12 +99,20 @@ SETTINGS = (
 
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+SECRETS = frozenset({"telegram_token"})  # settings that no page shows
 KINDS = {str: "text", int: "a whole number", float: "a number"}
 
 
 # How long requests under way may take when the hub stops; idle connections would keep it for ever.
 STOPPING_S = 0.5
 READ_BYTES = 1024  # of a request, read at a time; every connection holds a buffer of this size
+
+
+class Discreet(logging.Formatter):
+    """Writes no bot's token, wherever a library may have put it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return chats.TOKEN.sub(r"\1:<secret>", super().format(record))
 
 
 class BadSetting(Exception):
@@ -143,6 +162,8 @@ def _typed(name: str, value):
         raise BadSetting(f"{name} must be above 0 and finite, not {value!r}.")
     if name == "port" and not 0 <= typed <= 65535:
         raise BadSetting(f"port must be from 0 to 65535, not {value!r}.")
+    if name == "telegram_token" and typed and not chats.TOKEN.fullmatch(typed):
+        raise BadSetting("telegram_token must be as @BotFather gives it: 123456789:AbC….")
     if name == "log_level" and typed not in LEVELS:
         raise BadSetting(f"log_level must be one of {', '.join(LEVELS)}, not {value!r}.")
     return typed
@@ -161,6 +182,11 @@ def open_data(settings: dict) -> None:
     servers.LOST_AFTER_S = settings["lost_after_s"]
     auth.REGISTRATION_S = settings["registration_s"]
     inbox.CLAIM_S = settings["claim_s"]
+    notices.WAIT_S = settings["telegram_wait_s"]
+    notices.AGAIN_S = settings["telegram_again_s"]
+    notices.MERGE_S = settings["telegram_merge_s"]
+    chats.use_hub_bot(settings["telegram_token"])
+    chats.presence.reset()
     servers.begin()
     sockets.links.reset()
     terminals.streams.reset()
@@ -174,7 +200,7 @@ def create_app(settings: dict) -> APIFlask:
     app.root_path = str(HERE)
     app.config["OPENAPI_VERSION"] = "3.1.0"
     app.config["HUB"] = settings
-    app.config["HUB_SETTINGS"] = SETTINGS
+    app.config["HUB_SETTINGS"] = [s for s in SETTINGS if s[0] not in SECRETS]
     app.config["MAX_CONTENT_LENGTH"] = int(settings["max_body_mb"] * 1_000_000)
     web.init_app(app)
     document.init_app(app)
@@ -198,6 +224,7 @@ def jobs(settings: dict):
         ("answers", settings["due_s"], lambda: inbox.send_unclaimed(time.time())),
         ("stuck", settings["tick_s"], lambda: _notice_stuck(settings)),
         ("remind", 1, _remind),
+        ("chats", 3600, lambda: chats.forget_old(time.time(), notices.POSTS_KEPT_S)),
         ("tokens", 3600, lambda: auth.forget_expired(time.time())),
     )
 
@@ -270,7 +297,9 @@ def main(argv: list[str] | None = None) -> int:
     except BadSetting as error:
         print(f"hub.py: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(level=settings["log_level"], format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(level=settings["log_level"])
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(Discreet("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("apscheduler").setLevel(logging.WARNING)
     return print_login_link(settings) if only_link else serve(settings)
 
@@ -325,6 +354,9 @@ def serve(settings: dict) -> int:
     app = create_app(settings)
     _welcome(settings)
     scheduler = start_jobs(settings)
+    telegram.use_api(settings["telegram_api"])
+    telegram_words.use_url(settings["url"])
+    telegram.bots.start()
     server = _server(sock, app)
     stop = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
@@ -333,6 +365,7 @@ def serve(settings: dict) -> int:
     stop.wait()
     log.info("stopping")
     scheduler.shutdown(wait=False)
+    telegram.bots.stop()
     server.stop_accepting()
     ws.stop(STOPPING_S)
     models.bus.close()

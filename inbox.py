@@ -170,8 +170,8 @@ def answer(caller: Caller, ref: str, response: str) -> dict:
     with transaction() as tx:
         answered = one(
             "UPDATE intervention SET status = 'responded', response = ?, ended_by = ?,"
-            " ended_at = ? WHERE id = ? AND status = 'pending' RETURNING *",
-            (response, caller.actor, tx.now, asked["id"]),
+            " ended_where = ?, ended_at = ? WHERE id = ? AND status = 'pending' RETURNING *",
+            (response, caller.actor, caller.where, tx.now, asked["id"]),
         )
         if answered:
             _pass_on(tx, caller, answered)
@@ -632,9 +632,9 @@ def _decide(caller: Caller, ref: str, verb: str, words: str | None, version: int
             return task
         last = _decidable(task, last, verb, version)
         execute(
-            "UPDATE plan SET status = ?, feedback = ?, decided_by = ?, decided_at = ?"
-            " WHERE task_id = ? AND version = ?",
-            (status, words, caller.actor, tx.now, task["id"], last["version"]),
+            "UPDATE plan SET status = ?, feedback = ?, decided_by = ?, decided_where = ?,"
+            " decided_at = ? WHERE task_id = ? AND version = ?",
+            (status, words, caller.actor, caller.where, tx.now, task["id"], last["version"]),
         )
         began = {"started_at": tx.now} if verb == "approve_plan" else {}
         details = {"version": last["version"], name: words and words[:EVENT_TEXT]}

@@ -24,7 +24,6 @@ from flask import (
     request,
     url_for,
 )
-from pydantic import BaseModel, ValidationError
 
 import auth
 import cascade
@@ -348,21 +347,6 @@ def as_object(text: str | None, what: str) -> dict:
 def object_of(field: str) -> dict:
     """The JSON object in a field of the form, empty for none."""
     return as_object(text_of(field, SPEC_MOST), field.replace("_", " "))
-
-
-def valid(shape: type[BaseModel], fields: dict) -> BaseModel:
-    """Fields as the API checks them. Raises Invalid that names the first wrong one."""
-    try:
-        return shape.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise Invalid(f"{where or 'The form'}: {first['msg']}.", field=where) from None
-
-
-def checked(shape: type[BaseModel], fields: dict) -> dict:
-    """Just the fields that say something, as the API checks them. Raises Invalid."""
-    return valid(shape, fields).model_dump(exclude_unset=True)
 
 
 def choice_of(field: str, allowed: tuple[str, ...]) -> str | None:

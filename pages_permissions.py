@@ -1,6 +1,5 @@
 """The pages of permissions: deciding on requests, the rules and their tester, the log, alerts."""
 
-import difflib
 import re
 from itertools import groupby
 
@@ -12,6 +11,7 @@ import permissions
 import rules
 import servers
 import sessions
+import words
 from models import Invalid, containing, newest, one
 from pages import (
     NAME_MOST,
@@ -75,7 +75,7 @@ def revoke_grant(ref, grant_id):
 # ── what a request's card shows ───────────────────────────────────────────────────────────────
 
 BEGINNING_LINES, BEGINNING_MOST = 10, 800  # of a long text; the rest is unfolded
-COMPARED_MOST = 500  # lines on each side; more are shown as taken out and put in
+bp.add_app_template_global(words.changes_of)
 
 
 @bp.app_template_global()
@@ -91,49 +91,6 @@ def beginning_of(text: str) -> str:
 def patterns_of(asked: dict) -> list[str]:
     """The patterns of the rules that would stand for exactly this request."""
     return rules.patterns_for(asked["tool"], asked["input"])
-
-
-@bp.app_template_global()
-def changes_of(given: dict) -> list[tuple[str, str]]:
-    """What a tool's input changes of a file: lines with `-`, `+`, ` `, or `@` between two places;
-    none when it is no edit."""
-    found = []
-    for before, after in _edits(given):
-        found += ([("@", "")] if found else []) + _compared(before, after)
-    return found or _patch(given)
-
-
-def _edits(given: dict) -> list[tuple[str, str]]:
-    """[(before, after)] of the forms in which coding agents name an edit."""
-    several = given["edits"] if isinstance(given.get("edits"), list) else [given]
-    pairs = [
-        (edit.get("old_string", ""), edit.get("new_string", edit.get("content")))
-        for edit in several
-        if isinstance(edit, dict)
-    ]
-    return [pair for pair in pairs if all(isinstance(text, str) for text in pair)]
-
-
-def _compared(before: str, after: str) -> list[tuple[str, str]]:
-    if before.endswith("\n") and after.endswith("\n"):
-        before, after = before[:-1], after[:-1]
-    old, new = (text.split("\n") if text else [] for text in (before, after))
-    if max(len(old), len(new)) > COMPARED_MOST:
-        return [("-", line) for line in old] + [("+", line) for line in new]
-    found = []
-    for verb, a, b, c, d in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
-        if verb == "equal":
-            found += [(" ", line) for line in old[a:b]]
-        else:
-            found += [("-", line) for line in old[a:b]] + [("+", line) for line in new[c:d]]
-    return found
-
-
-def _patch(given: dict) -> list[tuple[str, str]]:
-    """The lines of a patch in its own words, as one coding agent sends it."""
-    texts = [t for t in given.values() if isinstance(t, str) and t.startswith("*** Begin Patch")]
-    lines = texts[0].split("\n") if texts else []
-    return [(line[:1], line[1:]) if line[:1] in "+- " and line else ("@", line) for line in lines]
 
 
 def about_session(row: dict) -> dict:

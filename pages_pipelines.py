@@ -26,7 +26,6 @@ from pages import (
     scope,
     show,
     text_of,
-    valid,
 )
 
 DRAWN_MOST = 500  # tasks in one picture
@@ -151,7 +150,7 @@ def _given_pipeline() -> tuple[dict, str, list[dict]]:
     if not text:
         raise Invalid("There is no pipeline yet: paste its file, or open it.", field="file")
     said = _read(text)
-    shape = valid(api.PipelineIn, said)
+    shape = api.valid(api.PipelineIn, said)
     named = request.form.get("project_id") or shape.project_id or shape.project
     project = auth.pick_project(person(), named)
     return project, shape.name, [api.pipeline_item(task) for task in shape.tasks]

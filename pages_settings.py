@@ -4,6 +4,8 @@ from flask import current_app, render_template, request, url_for
 
 import auth
 import cascade
+import chats
+import pages_telegram
 import prompts
 import servers
 from models import Invalid, loads, one
@@ -35,6 +37,7 @@ def project_list():
         "settings/projects.html",
         shown=[_project_view(p) | {"members": members.get(p["id"])} for p in visible()],
         roles=auth.ROLES,
+        telegram_kinds=chats.KINDS,
         usual_prompt=prompts.DEFAULT,
         prompt_names=sorted(prompts.NAMES),
         users=auth.list_users(person()) if auth.can(person(), "user.admin") else [],
@@ -120,6 +123,7 @@ def settings():
     admin = auth.can(person(), "user.admin")
     return show(
         "settings/settings.html",
+        telegram=pages_telegram.account(),
         tokens=auth.own_tokens(person()),
         days=auth.TOKEN_DAYS,
         has_password=bool(

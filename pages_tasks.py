@@ -24,7 +24,6 @@ from pages import (
     as_json,
     as_object,
     bp,
-    checked,
     choice_of,
     chosen,
     done,
@@ -221,7 +220,7 @@ def create_task():
     """Make a task from the form and show it."""
     project = auth.pick_project(person(), request.form.get("project_id"))
     said = {k: v for k, v in _task_fields().items() if v is not None}
-    fields = checked(api.TaskIn, {"title": "", **said, "dependencies": _links()})
+    fields = api.checked(api.TaskIn, {"title": "", **said, "dependencies": _links()})
     made = tasks.create(person(), project, fields)
     return go(url_for("pages.task", ref=made["id"]))
 
@@ -233,7 +232,7 @@ def change_task(ref):
     stands, wanted = _as_form(reading.task_json(row)), _task_fields()
     differs = {k: v for k, v in wanted.items() if (v or None) != (stands.get(k) or None)}
     if differs:
-        tasks.update(person(), ref, checked(api.TaskChange, differs))
+        tasks.update(person(), ref, api.checked(api.TaskChange, differs))
     return go(url_for("pages.task", ref=row["id"]))
 
 

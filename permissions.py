@@ -294,8 +294,8 @@ def decide(
     with transaction() as tx:
         decided = one(
             "UPDATE permission SET status = ?, decided_by = ?, decided_at = ?, scope = ?,"
-            " reason = ?, answers = ?, delivery = 'sent' WHERE id = ? AND status = 'pending'"
-            " RETURNING *",
+            " reason = ?, answers = ?, answered_where = ?, delivery = 'sent'"
+            " WHERE id = ? AND status = 'pending' RETURNING *",
             (
                 DECISIONS[decision],
                 caller.actor,
@@ -303,6 +303,7 @@ def decide(
                 scope,
                 reason or None,
                 answered,
+                caller.where,
                 asked["id"],
             ),
         )

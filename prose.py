@@ -26,6 +26,14 @@ def marked(text: str) -> Markup:
     return _marked(text)
 
 
+def read(text: str) -> list[Token] | None:
+    """Markdown as tokens, for who writes it otherwise; None when it is too large to be read
+    quickly."""
+    if len(text) > TEXT_MOST or text.count("[") > BRACKETS_MOST:
+        return None
+    return _reader.parse(text)
+
+
 @lru_cache(maxsize=KEPT)
 def _marked(text: str) -> Markup:
     return Markup(_reader.render(text))  # noqa: S704

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import secrets
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -100,6 +101,18 @@ def caller() -> auth.Caller:
 
 
 def _recognise() -> auth.Caller:
+    return replace(_credential(), where=_where())
+
+
+def _where() -> str:
+    """Where the caller is, as others are told who see what was decided."""
+    if by_cookie():
+        return "on the dashboard"
+    line = request.headers.get("User-Agent", "").startswith("orchestratia/")
+    return "on the command line" if line else "through the API"
+
+
+def _credential() -> auth.Caller:
     key = request.headers.get("X-API-Key")
     if key:
         return auth.by_key(key)

@@ -2,6 +2,7 @@
 
 db            the hub's database in a directory of its own (the app's, when `app` is asked for too)
 world         projects, servers and tasks by name, through the use cases of layer 2
+told          the hub's bot, against a Bot API server of its own, and people who write to it
 app, client   the Flask application, and a client for its API
 served        the address of the application behind a listener, for sockets
 hub           a real hub process; `@pytest.mark.hub(tick_s=0.1)` changes its settings
@@ -358,6 +359,13 @@ def check_invariants() -> None:
 @pytest.fixture
 def world(db):
     return World()
+
+
+@pytest.fixture
+def told(world, monkeypatch):
+    from telling import running  # which needs this module
+
+    yield from running(world, monkeypatch)
 
 
 # ── the application ───────────────────────────────────────────────────────────────────────────

@@ -13,11 +13,19 @@ LAYERS = (
     ("cascade", "rules", "bus"),
     ("models", "logs"),
     ("auth", "moves", "routing", "reading", "prompts", "tasks", "alerts", "permissions")
-    + ("sessions", "inbox")
+    + ("sessions", "inbox", "chats", "notices")
     + ("terminals", "servers", "wire", "nudges", "older"),
     ("web", "ws", "feed", "document", "api", "api_permissions", "sockets", "live", "words", "prose")
     + ("picture", "pages", "pages_permissions", "pages_tasks", "pages_pipelines")
-    + ("pages_servers", "pages_sessions", "pages_settings", "pages_events", "install"),
+    + (
+        "pages_servers",
+        "pages_sessions",
+        "pages_telegram",
+        "pages_settings",
+        "pages_events",
+        "install",
+    )
+    + ("telegram_text", "telegram_words", "telegram_acts", "telegram"),
     ("hub",),
 )
 ALONE = {"agent", "cli"}  # import nothing of ours, and nobody imports them

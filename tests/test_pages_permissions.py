@@ -6,6 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 import pages_permissions
+import words
 from browsing import live, press
 from test_pages_access import LOOKS, barriers
 from test_pages_browser import forgive
@@ -458,7 +459,7 @@ def test_axe_finds_nothing_where_requests_wait(shop, open_browser, look):
 
 
 def test_what_an_edit_changes():
-    changes = pages_permissions.changes_of
+    changes = words.changes_of
     assert changes({"command": "ls"}) == []
     assert changes({"content": "a\nb"}) == [("+", "a"), ("+", "b")]
     edits = [{"old_string": "a", "new_string": "b"}, {"old_string": "c", "new_string": ""}]
