@@ -485,6 +485,18 @@ def set_wish(
             " VALUES (?, ?, ?, ?, ?)",
             (caller.id, quiet_from or None, quiet_to or None, zone, int(patient)),
         )
+        for chat_row in rows("SELECT id FROM chat WHERE user_id = ?", (caller.id,)):
+            _look_again(chat_row["id"])
+
+
+def _look_again(chat_id: str) -> None:
+    """What was put off may be said now, or is put off anew."""
+    with transaction() as tx:
+        execute(
+            "UPDATE notice SET due_at = ? WHERE chat = ? AND state = 'due' AND due_at > ?",
+            (tx.now, chat_id, tx.now),
+        )
+        tx.tell("telegram", "chats")
 
 
 def kinds_of(user_id: str, project_id: str) -> list[str]:
@@ -532,8 +544,7 @@ def mute(chat_id: str, seconds: float | None, now: float) -> float | None:
         raise Invalid("A chat can be muted for up to a year: write /mute 2h, or /mute off.")
     until = now + seconds if seconds else None
     change_chat(chat_id, muted_until=until)
-    with transaction() as tx:
-        tx.tell("telegram", "chats")
+    _look_again(chat_id)
     return until
 
 

@@ -487,27 +487,17 @@ def _with_events(notices: list[dict]) -> list[dict]:
     return [notice | {"event": events.get(notice["event_id"])} for notice in notices]
 
 
-def sent(
-    post: dict, message_id: int | None, *, state: str = "sent", why: str | None = None
-) -> None:
-    """What became of a post that was carried (a row as it was read): `sent`, `dropped` when it is
-    gone or cannot be carried, with the reason. One that has changed meanwhile is carried again."""
+def sent(post: dict, message_id: int | None = None, state: str = "sent", why=None) -> None:
+    """What became of a post that was carried (a row as it was read): `sent`, or `dropped` when it
+    is gone or cannot be carried, with the reason. One that has changed meanwhile is carried again.
+    """
     with transaction():
         execute(
-            "UPDATE post SET state = CASE WHEN version <> ? AND ? = 'sent' AND state <> 'gone'"
-            " THEN 'stale' WHEN version <> ? AND state = 'gone' THEN 'gone' ELSE ? END,"
+            "UPDATE post SET state = CASE WHEN version = ? THEN ?"
+            " WHEN state = 'gone' THEN 'gone' ELSE 'stale' END,"
             " message_id = COALESCE(?, message_id), sent_at = COALESCE(sent_at, ?), why = ?"
             " WHERE seq = ?",
-            (
-                post["version"],
-                state,
-                post["version"],
-                state,
-                message_id,
-                time.time(),
-                why,
-                post["seq"],
-            ),
+            (post["version"], state, message_id, time.time(), why, post["seq"]),
         )
 
 

@@ -35,6 +35,7 @@ CALLS_AT_ONCE = 8
 BACKOFF_S = (0.5, 60.0)  # how long to leave Telegram alone: at first, and at most
 HEARD = ("message", "callback_query", "my_chat_member")
 SCREEN_AT_BOTTOM = 8  # messages after which a screen that is out of sight moves down
+SETTLE_S = 3.0  # how long an answer waits for the message it answers to be known
 LOOK_S = 5.0  # how often tokens and clocks are looked at, when nothing calls
 NAME_MOST = (
     128  # characters of a topic's name (https://core.telegram.org/bots/api#createforumtopic)
@@ -306,6 +307,7 @@ class Bot:
     def _handle(self, updates: list[dict]) -> None:
         for update in updates:
             self._note_newest(update)
+            self._let_settle(update)
             while not self._stop.is_set():
                 try:
                     self._follow_up(acts.take(self.id, update))
@@ -317,6 +319,17 @@ class Bot:
                     break
         if updates and not self._stop.is_set():
             chats.note_bot(self.id, position=updates[-1]["update_id"] + 1)
+
+    def _let_settle(self, update: dict) -> None:
+        """What is said to a message just sent comes, now and then, before we know its number."""
+        message = (update.get("callback_query") or update).get("message")
+        if not isinstance(message, dict) or not isinstance(message.get("chat"), dict):
+            return
+        if "callback_query" not in update and "reply_to_message" not in message:
+            return
+        deadline = time.monotonic() + SETTLE_S
+        while message["chat"].get("id") in self._busy and time.monotonic() < deadline:
+            self._stop.wait(0.01)
 
     def _note_newest(self, update: dict) -> None:
         message = update.get("message")

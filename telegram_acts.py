@@ -413,7 +413,8 @@ def _new(_tx, told: Told, rest: str) -> dict:
     if project is None:
         title = f"{said['project']}: {title}" if said["project"] else title
         project = auth.pick_project(told.caller, None)
-    given = {"title": title.strip(), "spec": (said["spec"] or "").strip()}
+    spec = (said["spec"] or "").strip()
+    given = {"title": title.strip()} | ({"spec": spec} if spec else {})
     row = tasks.create(told.caller, project, api.checked(api.TaskIn, given))
     return say.task_view(row, told.caller)
 

@@ -341,6 +341,8 @@ def of_post(post: dict) -> dict:
     told = notices.notices_of(post)
     if not told:
         return notices.body(post)
+    if not post["sent_at"]:  # what ended before it was told is not told
+        told = [notice for notice in told if notice["state"] == "sent"] or told
     if post["kind"] == "reminder":
         return _reminder(told)
     if told[0]["subject"]:

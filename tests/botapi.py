@@ -334,7 +334,7 @@ class Call:
         self.method, self.params, self.status = method, params, None
 
     def __repr__(self):
-        return f"{self.method} {self.status} {str(self.params)[:200]}"
+        return f"{self.method} {self.status} {str(self.params)[:600]}"
 
 
 class _Bot:
@@ -449,7 +449,7 @@ class BotServer:
 
     def push_raw(self, update: dict) -> None:
         with self.lock:
-            self.main.push(update)
+            self.main.push({"update_id": next(self.update_ids)} | update)
 
     def fault_for(self, method: str):
         with self.lock:
@@ -476,7 +476,10 @@ class BotServer:
     def _dump(self) -> str:
         chats = [chat for bot in self.bots.values() for chat in bot.chats.values()]
         lines = [f"{chat.title}: {m!r}" for chat in chats for m in chat.messages[-12:]]
-        return "\n".join([*lines, *(repr(call) for call in self.calls[-12:])])
+        return "\n".join([*lines, *(repr(call) for call in self._told())])
+
+    def _told(self) -> list[Call]:
+        return [call for call in self.calls if call.method != "getUpdates"][-12:]
 
     # the methods
 
