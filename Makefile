@@ -48,6 +48,7 @@ bench: $(VENV)/dev
 	$(PY) benchmarks/cascade.py
 	$(PY) benchmarks/sockets.py
 	$(PY) benchmarks/answers.py
+	$(PY) benchmarks/telegram.py
 
 vendor:
 	@scripts/need.sh npm=npm

@@ -34,6 +34,7 @@ EVENTS_AT_ONCE = 200
 POSITION_EVERY = 500  # events after which the position is kept although nothing was told
 TOGETHER_MOST = 8  # notices in one message
 POSTS_KEPT_S = 30 * 86400.0
+ASKED_FOR = "asked for"  # what a post is opened by that is sent although it has ended meanwhile
 LATER = 1 << 52  # what makes a silent post come after every other one
 
 # type of an event: (kind of chats.KINDS, what its message is, the name of the id in its details
@@ -168,7 +169,8 @@ def _end(tx: Transaction, subject: str) -> None:
 def _mend(tx: Transaction, seq: int) -> None:
     """Something a post tells of has ended: it says so, or is not sent at all."""
     told = one("SELECT 1 FROM notice WHERE post = ? AND state = 'sent'", (seq,))
-    if told or post_row(seq)["sent_at"]:
+    post = post_row(seq)
+    if told or post["sent_at"] or post["opened"] == ASKED_FOR:
         redo(tx, seq)
     else:
         take_back(tx, seq)
@@ -377,6 +379,7 @@ def show(tx: Transaction, chat: dict, subject: str, about: str | None) -> None:
     if known and known["post"]:
         _leave(tx, known)
     seq = say(tx, chat, subject.partition(":")[0], about=about)
+    execute("UPDATE post SET opened = ? WHERE seq = ?", (ASKED_FOR, seq))
     if known:
         execute(
             "UPDATE notice SET state = 'sent', due_at = NULL, post = ? WHERE seq = ?",

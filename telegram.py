@@ -12,7 +12,6 @@ import threading
 import time
 from base64 import b64encode
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 
 import requests
@@ -237,7 +236,6 @@ class Bot:
         self.token = token
         self.id = chats.bot_id(token)
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(CALLS_AT_ONCE, f"bot {self.id}")
         self._pace = Pace()
         self._backoff = Backoff()
         self._busy: set[int] = set()
@@ -246,15 +244,18 @@ class Bot:
         self._looks: dict[tuple, Look] = {}
         self._newest: dict[int, int] = {}
         self._news = bus.subscribe(f"posts:{self.id}", "telegram", limit=100)
-        for work, what in ((self._poll, "polls"), (self._carry, "carries")):
-            threading.Thread(target=work, name=f"bot {self.id} {what}", daemon=True).start()
+        self._begin(self._poll)
+        self._begin(self._carry)
+
+    def _begin(self, work, *args) -> None:
+        """Have something done beside: a hub that stops does not wait for Telegram."""
+        threading.Thread(target=work, args=args, name=f"bot {self.id}", daemon=True).start()
 
     def stop(self) -> None:
         self._stop.set()
         self._news.close()
         for look in self._looks.values():
             look.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _call(self, function, *args, **kwargs):
         return call(function, self.token, *args, **kwargs)
@@ -352,7 +353,7 @@ class Bot:
     def _follow_up(self, after: acts.After) -> None:
         if not after.jobs:
             if after.tap:
-                self._pool.submit(self._answer_tap, after)
+                self._begin(self._answer_tap, after)
             return
         place = next(job[1].place for job in after.jobs)
         with self._lock:
@@ -360,7 +361,7 @@ class Bot:
             lane.append(after)
             if len(lane) > 1:
                 return  # somebody is at it
-        threading.Thread(target=self._run_lane, args=(place,), daemon=True).start()
+        self._begin(self._run_lane, place)
 
     def _run_lane(self, place: int) -> None:
         """What was asked for in a chat, one after the other, as it was asked."""
@@ -474,13 +475,13 @@ class Bot:
     def _try(self, place: int, work, item, screen: bool = False) -> float:
         """Have a chat's next message carried, one at a time; seconds until that may be."""
         now = time.monotonic()
-        if place in self._busy:
+        if place in self._busy or len(self._busy) >= CALLS_AT_ONCE:
             return LOOK_S  # whoever is at it wakes us
         wait = self._pace.wait(place, now, screen)
         if wait > 0:
             return wait
         self._busy.add(place)
-        self._pool.submit(self._carried, place, work, item)
+        self._begin(self._carried, place, work, item)
         return LOOK_S
 
     def _carried(self, place: int, work, item) -> None:

@@ -572,6 +572,7 @@ def _replied(tx: Transaction, told: Told, post: dict) -> After:
     """An answer to what a message of ours asks; about anything else of a task a note on it."""
     if post["kind"] == "ask":
         subject = post["opened"]
+        notices.take_back(tx, post["seq"])
     else:
         subject, told.text = _subject_replied(told, notices.notices_of(post))
     if subject:

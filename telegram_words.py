@@ -406,7 +406,7 @@ def _news_buttons(event: dict) -> list[list[dict]]:
 
 
 def _activity(row: dict) -> str:
-    if row["status"] != "active":
+    if row["status"] != "active" or row["activity"] == "no_signal":
         return row["status"]
     return words.ACTIVITIES.get(row["activity"], ("", "", row["activity"]))[2]
 

@@ -45,8 +45,10 @@ RUNS_ON = dict.fromkeys(("T1", "T2", "T3", "T4", "T5", "T6"), "dev-backend") | {
 class Demo:
     """A hub, two agents and their repos under one scratch directory."""
 
-    def __init__(self, scratch: Path):
+    def __init__(self, scratch: Path, **hub_env: str):
+        """hub_env: settings of the hub, as its environment has them."""
         self.scratch = scratch
+        self.hub_env = hub_env
         # tmux leaves its socket behind: here it goes with the directory
         env = clean_env(HOME=str(scratch), TMUX_TMPDIR=str(scratch))
         self.processes = Processes(scratch, env)
@@ -57,6 +59,7 @@ class Demo:
         self.url = self.processes.start_hub(
             *("--port", "0", "--data", str(self.scratch / "hub")),
             ORCHESTRATIA_ADMIN_PASSWORD=self.password,
+            **self.hub_env,
         )
         self.client = Client(self.url, {"username": "admin", "password": self.password})
         self.call("POST", "projects", {"name": "E-Commerce Platform Rebuild"})

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
+import phone
 import showcase
 from demo import Demo
 from processes import CHROMIUM, CHROMIUM_FLAGS, ROOT, until
@@ -19,6 +20,7 @@ from processes import CHROMIUM, CHROMIUM_FLAGS, ROOT, until
 sys.path.insert(0, str(ROOT / "tests"))
 
 import standin  # noqa: E402
+from botapi import BotServer  # noqa: E402
 
 FOLDER = ROOT / "docs" / "screenshots"
 DESKTOP = {"width": 1280, "height": 800}
@@ -183,12 +185,17 @@ def main() -> None:
     FOLDER.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="orc-") as scratch:
         install_agent(Path(scratch))
-        demo = Demo(Path(scratch))
-        try:
-            demo.start()
-            take(demo, fill(demo))
-        finally:
-            demo.stop()
+        with BotServer() as botapi:
+            demo = Demo(Path(scratch), **phone.settings(botapi))
+            try:
+                demo.start()
+                talk = phone.Talk(demo, botapi)
+                made = fill(demo)
+                talk.hold()
+                take(demo, made)
+                phone.draw(talk.phone.chat, FOLDER / "telegram.png", demo.scratch)
+            finally:
+                demo.stop()
 
 
 if __name__ == "__main__":
