@@ -94,7 +94,18 @@ class Telling:
             return None
 
         self.server.wait(found)
-        return found()
+        message = found()
+        wait_until(lambda: self._kept(chat, message))
+        return message
+
+    def _kept(self, chat, message) -> bool:
+        """Whether the bot has learned the number of its message."""
+        place = (chat.id, message.id)
+        return bool(
+            models.one("SELECT 1 FROM post WHERE chat_id = ? AND message_id = ?", place)
+            or models.one("SELECT 1 FROM focus WHERE message_id = ?", (message.id,))
+            or message.deleted
+        )
 
     def quiet(self) -> None:
         """Everything there is to carry was carried."""

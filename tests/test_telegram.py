@@ -815,7 +815,7 @@ def test_a_telegram_that_fails_loses_nothing(told, fault):
     olga = told.pair("olga")
     told.server.fail("sendMessage", fault, fault)
     inbox.add_note(told.callers["ada"], told.world.ids["W"], "look here")
-    told.shown(olga, "ada: look here")
+    told.server.wait(lambda: any("ada: look here" in text for text in olga.chat.shown()))
     told.quiet()
     unsure = isinstance(fault, tuple)  # it was sent, and we cannot know
     assert sum("look here" in text for text in olga.chat.shown()) == (3 if unsure else 1)
