@@ -136,7 +136,7 @@ def forget_old(now: float, posts_s: float) -> None:
     with transaction():
         execute("DELETE FROM bot_update WHERE at < ?", (now - UPDATE_DAYS * 86400,))
         execute(
-            "DELETE FROM post WHERE due_at < ? AND state NOT IN ('due', 'stale', 'gone')",
+            "DELETE FROM post WHERE due_at < ? AND state IN ('sent', 'dropped')",
             (now - posts_s,),
         )
         execute("DELETE FROM pairing_code WHERE expires_at < ?", (now,))
@@ -281,8 +281,9 @@ def chat_at(bot: str, place: int) -> dict | None:
 
 def change_chat(chat_id: str, **changes) -> None:
     columns = ", ".join(f"{name} = ?" for name in changes)
-    with transaction():
+    with transaction() as tx:
         execute(f"UPDATE chat SET {columns} WHERE id = ?", (*changes.values(), chat_id))
+        tx.tell("telegram", "chats")
 
 
 def own_chats(caller: Caller) -> list[dict]:

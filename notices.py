@@ -172,8 +172,8 @@ def _mend(tx: Transaction, seq: int) -> None:
     post = post_row(seq)
     if told or post["sent_at"] or post["opened"] == ASKED_FOR:
         redo(tx, seq)
-    else:
-        take_back(tx, seq)
+    else:  # one on its way just now says how it ended instead
+        take_back(tx, seq, "void")
 
 
 def is_open(subject: str) -> bool:
@@ -454,12 +454,12 @@ def redo(tx: Transaction, seq: int, **changes) -> None:
     tx.tell(f"posts:{post['bot_id']}")
 
 
-def take_back(tx: Transaction, seq: int) -> None:
-    """A post is to disappear; one that was not sent yet never appears."""
+def take_back(tx: Transaction, seq: int, how: str = "gone") -> None:
+    """A post is to disappear (`gone`), or not to be sent at all (`void`)."""
     execute(
-        "UPDATE post SET state = CASE state WHEN 'dropped' THEN 'dropped' ELSE 'gone' END,"
+        "UPDATE post SET state = CASE state WHEN 'dropped' THEN 'dropped' ELSE ? END,"
         " version = version + 1 WHERE seq = ?",
-        (seq,),
+        (how, seq),
     )
     tx.tell(f"posts:{post_row(seq)['bot_id']}")
 
@@ -470,7 +470,7 @@ def waiting_posts(bot: str) -> list[dict]:
     return rows(
         "SELECT * FROM post WHERE seq IN (SELECT MIN(p.silent * ? + p.seq) % ? FROM post p"
         " LEFT JOIN chat c ON c.id = p.chat WHERE p.bot_id = ? AND c.refused IS NULL"
-        " AND p.state IN ('due', 'stale', 'gone') GROUP BY p.chat_id) ORDER BY silent, seq",
+        " AND p.state IN ('due', 'stale', 'gone', 'void') GROUP BY p.chat_id) ORDER BY silent, seq",
         (LATER, LATER, bot),
     )
 

@@ -505,6 +505,8 @@ class Bot:
         try:
             if post["state"] == "gone":
                 return self._delete(post)
+            if post["state"] == "void":
+                return notices.sent(post, state="dropped")
             body = words.of_post(post)
             if not body:
                 return notices.sent(post, state="dropped")

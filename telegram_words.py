@@ -6,6 +6,7 @@ what is asked for where an answer is wanted. What a button says to us is `verb:i
 
 import json
 import re
+from urllib.parse import urlsplit
 
 import inbox
 import notices
@@ -55,9 +56,12 @@ _url = ""
 
 
 def use_url(url: str) -> None:
-    """The hub's address, for links; Telegram takes none that is no name or number of a host."""
+    """The hub's address, for links: none where no phone could follow them, and Telegram takes none
+    that is no name or number of a host."""
     global _url
-    _url = url if re.match(r"https?://[^/:]+\.[^/:]+", url) else ""
+    host = urlsplit(url).hostname or ""
+    here = host in ("localhost", "0.0.0.0") or host.startswith("127.")
+    _url = url if "." in host and not here else ""
 
 
 def address(path: str) -> str | None:

@@ -55,7 +55,7 @@ CREATE TABLE post (
     opened TEXT, reply_to INTEGER, silent INTEGER NOT NULL DEFAULT 0,
     state TEXT NOT NULL, version INTEGER NOT NULL DEFAULT 0, due_at REAL NOT NULL, sent_at REAL,
     why TEXT);
-CREATE INDEX post_open ON post (bot_id, seq) WHERE state IN ('due', 'stale', 'gone');
+CREATE INDEX post_open ON post (bot_id, seq) WHERE state IN ('due', 'stale', 'gone', 'void');
 CREATE INDEX post_message ON post (bot_id, chat_id, message_id);
 CREATE INDEX post_last ON post (chat, kind, seq);
 CREATE INDEX post_age ON post (due_at);

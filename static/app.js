@@ -150,6 +150,9 @@
   });
   localise(document);
   tellTitle();
+  for (const field of document.querySelectorAll("[data-own-zone]")) {
+    field.value ||= Intl.DateTimeFormat().resolvedOptions().timeZone;
+  }
   document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
   function openByHash() {
     if (!window.location.hash || !showDialog(window.location.hash.slice(1))) return;

@@ -437,6 +437,11 @@ class BotServer:
         body = Refusal(429, f"Too Many Requests: retry after {seconds}", retry_after=seconds).body
         self.fail(method, body)
 
+    def mend(self) -> None:
+        """No fault waits for anything any more."""
+        with self.lock:
+            self._faults.clear()
+
     def delay(self, method: str, seconds: float) -> None:
         self._delays[method] = seconds
 

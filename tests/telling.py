@@ -111,7 +111,7 @@ class Telling:
         """Everything there is to carry was carried."""
         wait_until(
             lambda: (
-                not models.one("SELECT 1 FROM post WHERE state IN ('due', 'stale', 'gone')")
+                not models.one("SELECT 1 FROM post WHERE state NOT IN ('sent', 'dropped')")
                 and not models.one("SELECT 1 FROM notice WHERE due_at < ?", (time.time(),))
             )
         )

@@ -13,8 +13,10 @@ import models
 import notices
 import permissions
 import tasks
+import telegram
 import telegram_acts
 import telegram_text
+import telegram_words
 from auth import HUB
 from conftest import wait_until
 from models import Forbidden, Invalid, NotFound, TooMany
@@ -915,17 +917,39 @@ def test_a_malformed_update_is_passed_over(told, update):
 
 
 def test_two_pollers_are_noticed_and_said(told):
-    told.server.fail("getUpdates", {"error_code": 409, "ok": False, "description": "Conflict: x"})
-    told.server.wait(lambda: told.server.calls_of("getUpdates"))
+    conflict = {"ok": False, "error_code": 409, "description": "Conflict: terminated by other"}
+    told.server.fail("getUpdates", *[conflict] * 1000)
     bot = chats.hub_bot()
-    wait_until(lambda: "Another program" in (chats.bot_row(bot)["trouble"] or "") or olga_fine(bot))
+    wait_until(lambda: "Another program" in (chats.bot_row(bot)["trouble"] or ""))
+    told.server.mend()
+    wait_until(lambda: chats.bot_row(bot)["trouble"] is None)
+    olga = told.pair("olga")
+    olga.says("/status")
+    told.shown(olga, "servers online")
 
 
-def olga_fine(bot: str) -> bool:
-    """The trouble came and passed before we looked."""
-    return chats.bot_row(bot)["trouble"] is None and bool(
-        models.one("SELECT 1 FROM bot WHERE id = ? AND username IS NOT NULL", (bot,))
-    )
+def test_a_telegram_that_does_not_answer_is_asked_again(told, monkeypatch):
+    olga = told.pair("olga")
+    monkeypatch.setattr(telegram.apihelper, "READ_TIMEOUT", 0.3)
+    told.server.fail("sendMessage", "hold", "hold")
+    ask_help(told)
+    told.shown(olga, "JWT or cookies?")
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("https://hub.example.org", "https://hub.example.org/tasks/1"),
+        ("http://10.0.0.5:8080", "http://10.0.0.5:8080/tasks/1"),
+        ("http://127.0.0.1:8080", None),
+        ("http://localhost:8080", None),
+        ("http://hub:8080", None),
+        ("http://[::1]:8080", None),
+    ],
+)
+def test_links_lead_where_a_phone_can_follow(told, url, path):
+    telegram_words.use_url(url)
+    assert telegram_words.address("tasks/1") == path
 
 
 def test_who_blocks_the_bot_is_told_nothing_and_all_when_they_are_back(told):
