@@ -468,9 +468,12 @@ def waiting_posts(bot: str) -> list[dict]:
     """What is to be sent, written anew or taken back next in each of a bot's chats: answers to
     people and what waits for them before what is only told."""
     return rows(
-        "SELECT * FROM post WHERE seq IN (SELECT MIN(p.silent * ? + p.seq) % ? FROM post p"
-        " LEFT JOIN chat c ON c.id = p.chat WHERE p.bot_id = ? AND c.refused IS NULL"
-        " AND p.state IN ('due', 'stale', 'gone', 'void') GROUP BY p.chat_id) ORDER BY silent, seq",
+        # the index by message would walk through all that was ever sent
+        "SELECT * FROM post WHERE seq IN (SELECT MIN(p.silent * ? + p.seq) % ?"
+        " FROM post p INDEXED BY post_open LEFT JOIN chat c ON c.id = p.chat"
+        " WHERE p.bot_id = ? AND c.refused IS NULL"
+        " AND p.state IN ('due', 'stale', 'gone', 'void') GROUP BY p.chat_id)"
+        " ORDER BY silent, seq",
         (LATER, LATER, bot),
     )
 

@@ -287,7 +287,7 @@ class Bot:
         me = self._call(apihelper.get_me)
         if not isinstance(me, dict):
             raise Away("a malformed answer")
-        chats.note_bot(self.id, username=str(me.get("username") or self.id))
+        chats.note_bot(self.id, username=str(me.get("username") or self.id), trouble=None)
         commands = [types.BotCommand(name, text) for name, (_, text) in acts.COMMANDS.items()]
         self._call(apihelper.set_my_commands, commands)
         return True

@@ -633,6 +633,10 @@ def _typed(tx: Transaction, told: Told) -> After:
     on_screen = bool(focus) and told.reply_to == focus["message_id"]
     if not told.private and not on_screen:
         return After()
+    if told.reply_to and not on_screen:
+        hint = "That message asks for nothing now, so this went nowhere. Write it without replying."
+        answer(tx, told, say.said(hint))
+        return After()
     if not focus:
         hint = "No session is focused, so this was typed nowhere: /sessions, then /focus NUMBER."
         answer(tx, told, say.said(hint))
@@ -656,8 +660,10 @@ def _project_of(session_id: str) -> str | None:
 
 
 def _tapped(tx: Transaction, told: Told) -> After:
-    if told.caller is None or told.chat is None:
+    if told.caller is None:
         return _stranger(tx, told)
+    if told.chat is None:
+        raise Conflict("This group hears of no project any more: its buttons do nothing.")
     verb, _, ref = told.text.partition(":")
     handler = TAPS.get(verb) or next(
         (act for form, act in CHOICES if re.fullmatch(form, verb)), None

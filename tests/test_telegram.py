@@ -1141,6 +1141,16 @@ def test_what_was_written_long_ago_is_not_typed(told):
     told.shown(olga, "written 60 min ago", "not typed")
 
 
+def test_a_reply_to_what_asks_nothing_is_not_typed(told):
+    olga = told.pair("olga")
+    told.screen("$")
+    olga.says("/focus " + told.session["tmux_name"])
+    told.shown(olga, "📺")
+    olga.says("/status")
+    olga.says("rm -rf x", reply_to=told.shown(olga, "servers online"))
+    told.shown(olga, "asks for nothing now")
+
+
 def test_a_server_that_is_away_types_nothing_and_says_so(told):
     olga = told.pair("olga")
     told.screen("$")
