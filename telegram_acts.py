@@ -315,11 +315,14 @@ def _listed(told: Told, kind: str, found: list[dict]) -> None:
     chats.change_chat(told.chat["id"], listed=dumps(kept))
 
 
+NUMBER = re.compile(r"\d{1,3}")
+
+
 def _meant(told: Told, kind: str, ref: str) -> str:
     """The id behind a number of the last list, or the word itself."""
     kept = loads(told.chat["listed"])
     listed = kept.get(kind, []) if isinstance(kept, dict) else []
-    if re.fullmatch(r"\d{1,3}", ref) and 1 <= int(ref) <= len(listed):
+    if NUMBER.fullmatch(ref) and 1 <= int(ref) <= len(listed):
         return listed[int(ref) - 1]
     return ref
 
@@ -339,6 +342,8 @@ def _session_of(told: Told, ref: str) -> dict:
     """The session meant: a number of the last list, a name, the beginning of an id or of the name
     tmux knows it by. Raises NotFound, Conflict."""
     ref = _meant(told, "sessions", ref)
+    if NUMBER.fullmatch(ref):
+        raise NotFound(f"There is no session {ref} in the last list: /sessions shows them anew.")
     wanted = ref.lower()
     live = _live_sessions(told)
     fits = [s for s in live if s["id"] == ref or s["name"].lower() == wanted]

@@ -345,13 +345,19 @@ def of_post(post: dict) -> dict:
     told = notices.notices_of(post)
     if not told:
         return notices.body(post)
-    if not post["sent_at"]:  # what ended before it was told is not told
-        told = [notice for notice in told if notice["state"] == "sent"] or told
+    if not post["sent_at"] and post["opened"] != notices.ASKED_FOR:
+        told = [notice for notice in told if _stands(notice)]  # what has ended is not told
+        if not told:
+            return {}
     if post["kind"] == "reminder":
         return _reminder(told)
     if told[0]["subject"]:
         return _waiting(told, post["opened"])
     return _news(told)
+
+
+def _stands(notice: dict) -> bool:
+    return not notice["subject"] or notices.is_open(notice["subject"])
 
 
 def _waiting(told: list[dict], opened: str | None) -> dict:

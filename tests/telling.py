@@ -122,10 +122,13 @@ def running(world, monkeypatch):
     monkeypatch.setattr(notices, "MERGE_S", 0.001)
     monkeypatch.setattr(telegram, "LONG_POLL_S", 1)
     monkeypatch.setattr(telegram, "BACKOFF_S", (0.02, 0.2))
+    for limit in ("ALL", "CHAT", "GROUP"):  # how it keeps to Telegram's pace is a test of its own
+        monkeypatch.setattr(telegram.Pace, limit, (100.0, 100.0))
     telegram_acts.strangers._told.clear()
     chats.presence.reset()
     telegram_words.use_url(URL)
     with BotServer() as server:
+        server.floods = False
         telegram.use_api(server.url)
         chats.use_hub_bot(server.token)
         telling = Telling(world, server)

@@ -183,7 +183,7 @@ def test_many_wrong_passwords_at_once_do_not_slip_through(client, monkeypatch):
 def test_what_login_remembers_is_bounded(db, monkeypatch):
     monkeypatch.setattr(auth, "TRIES_KEPT", 50)
     for n in range(100):
-        auth._count_try((f"name{n}", "x"), auth.TRIES, time.monotonic())
+        auth.count_try((f"name{n}", "x"), auth.TRIES, time.monotonic())
     assert len(auth._wrong) == 50
     with pytest.raises(models.Unauthorised):
         auth.login("x" * 10_000, "y")

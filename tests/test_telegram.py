@@ -1040,6 +1040,63 @@ def test_the_token_is_nowhere_to_be_seen(told, caplog):
     assert not any(secret in text for text in stored)
 
 
+# What https://core.telegram.org/bots/faq#my-bot-is-hitting-limits-how-do-i-avoid-this allows.
+@pytest.mark.parametrize(("place", "span", "most"), [(5, 1.0, 5), (-5, 60.0, 20)])
+def test_the_pace_of_a_chat_is_kept(place, span, most):
+    pace, now, sent = telegram.Pace(), time.monotonic(), []
+    while now < time.monotonic() + 200:
+        wait = pace.wait(place, now)
+        if wait <= 0:
+            pace.take(place, now)
+            sent.append(now)
+        now += max(wait, 0.001)
+    for at in sent:
+        assert sum(at <= other < at + span for other in sent) <= most
+    assert len(sent) > (150 if place > 0 else 50)
+
+
+def test_the_pace_of_all_chats_is_kept_and_screens_leave_room():
+    pace, now, sent = telegram.Pace(), time.monotonic(), []
+    for turn in range(4000):
+        for place in range(1, 60):
+            if pace.wait(place, now, screen=turn % 2 == 0) <= 0:
+                pace.take(place, now)
+                sent.append(now)
+        now += 0.01
+    for at in sent[:: len(sent) // 50]:
+        assert sum(at <= other < at + 1 for other in sent) <= 30
+    fresh = telegram.Pace()
+    now = time.monotonic()
+    for place in range(1, 100):
+        if fresh.wait(place, now, screen=True) <= 0:
+            fresh.take(place, now)
+    assert fresh.wait(200, now, screen=True) > 0
+    assert fresh.wait(200, now) == 0
+
+
+def test_a_second_chat_that_is_held_means_the_bot():
+    pace = telegram.Pace()
+    pace.hold(1, 30)
+    now = time.monotonic()
+    assert pace.wait(1, now) > 29
+    assert pace.wait(2, now) == 0
+    pace.hold(2, 20)
+    assert pace.wait(3, time.monotonic()) > 19
+
+
+def test_a_burst_stays_within_telegrams_limits(told, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(notices, "MERGE_S", 0.001)
+    told.server.floods = True
+    told.restart()
+    olga = told.pair("olga")
+    for number in range(8):
+        ask_help(told, f"Question {number}?")
+        told.server.wait(lambda number=number: any(f"Question {number}?" in t for t in
+                                                   olga.chat.shown()))  # fmt: skip
+    assert told.server.flooded == []
+
+
 # ── screens ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1116,7 +1173,7 @@ def test_a_screen_far_up_moves_down(told):
     message = told.shown(olga, "before")
     for _ in range(5):
         olga.says("/status")
-    told.quiet()
+    told.server.wait(lambda: sum("servers online" in text for text in olga.chat.shown()) == 5)
     told.screen("after")
     told.shown(olga, "after")
     told.server.wait(lambda: message.deleted)
