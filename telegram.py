@@ -34,6 +34,7 @@ CALLS_AT_ONCE = 8
 BACKOFF_S = (0.5, 60.0)  # how long to leave Telegram alone: at first, and at most
 HEARD = ("message", "callback_query", "my_chat_member")
 SCREEN_AT_BOTTOM = 8  # messages after which a screen that is out of sight moves down
+STOP_S = 2.0  # how long a hub that stops waits for what makes notices
 SETTLE_S = 3.0  # how long an answer waits for the message it answers to be known
 LOOK_S = 5.0  # how often tokens and clocks are looked at, when nothing calls
 NAME_MOST = (
@@ -244,18 +245,24 @@ class Bot:
         self._looks: dict[tuple, Look] = {}
         self._newest: dict[int, int] = {}
         self._news = bus.subscribe(f"posts:{self.id}", "telegram", limit=100)
-        self._begin(self._poll)
-        self._begin(self._carry)
+        self._threads = [self._begin(self._poll), self._begin(self._carry)]
 
-    def _begin(self, work, *args) -> None:
+    def _begin(self, work, *args) -> threading.Thread:
         """Have something done beside: a hub that stops does not wait for Telegram."""
-        threading.Thread(target=work, args=args, name=f"bot {self.id}", daemon=True).start()
+        thread = threading.Thread(target=work, args=args, name=f"bot {self.id}", daemon=True)
+        thread.start()
+        return thread
 
     def stop(self) -> None:
         self._stop.set()
         self._news.close()
-        for look in self._looks.values():
+        for look in list(self._looks.values()):
             look.close()
+
+    def join(self, patience_s: float) -> None:
+        """Wait for a bot that was stopped to end; a long poll may take its time."""
+        for thread in self._threads:
+            thread.join(patience_s)
 
     def _call(self, function, *args, **kwargs):
         return call(function, self.token, *args, **kwargs)
@@ -753,20 +760,26 @@ class Bots:
     def __init__(self):
         self._bots: dict[str, Bot] = {}
         self._stop = threading.Event()
-        self._news = None
+        self._news = self._thread = None
 
     def start(self) -> None:
         self._stop.clear()
         self._news = bus.subscribe("events", "telegram")
-        threading.Thread(target=self._run, name="notices", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="notices", daemon=True)
+        self._thread.start()
 
-    def stop(self) -> None:
+    def stop(self, patience_s: float = 0.0) -> None:
+        """Stop them all; wait for their polls for so long at most."""
         self._stop.set()
-        if self._news:
+        if self._thread:
             self._news.close()
-        for bot in self._bots.values():
-            bot.stop()
+            self._thread.join(STOP_S)  # it may be making a bot just now
+        stopped = list(self._bots.values())
         self._bots.clear()
+        for bot in stopped:
+            bot.stop()
+        for bot in stopped if patience_s else ():
+            bot.join(patience_s)
 
     def _run(self) -> None:
         wait, look = 0.0, True

@@ -43,11 +43,14 @@ class Telling:
         self.server.wait(lambda: self.server.calls_of("getUpdates"))
 
     def stop(self) -> None:
-        self.bots.stop()
+        self.server.down = True  # so that polls end
+        self.bots.stop(10)
 
     def restart(self) -> None:
         """As a hub that was stopped and started: what it keeps is in its tables."""
-        self.bots.stop()
+        self.server.down = True
+        self.bots.stop(10)
+        self.server.down = False
         self.bots = telegram.Bots()
         self.bots.start()
 
