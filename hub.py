@@ -33,6 +33,7 @@ import inbox
 import install
 import live
 import logs
+import metrics
 import models
 import notices
 import pages
@@ -212,6 +213,7 @@ def create_app(settings: dict) -> APIFlask:
     app.register_blueprint(live.bp)
     app.register_blueprint(pages.bp)
     app.register_blueprint(install.bp)
+    app.register_blueprint(metrics.bp)
     return app
 
 

@@ -287,6 +287,11 @@ class Links:
         self._links: dict[str, Link] = {}
         self._past: dict[str, OrderedDict[str, None]] = {}
 
+    def count(self) -> int:
+        """How many agents have a connection."""
+        with self._lock:
+            return len(self._links)
+
     def polling(self, server_id: str, instance: str) -> PollLink | None:
         """The link of an agent that polls; None when it has to begin anew.
 

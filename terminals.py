@@ -433,6 +433,11 @@ class Streams:
         self._asking: dict[str, set[Watcher]] = {}
         self.topics = ("events",)
 
+    def count(self) -> int:
+        """How many sessions are watched."""
+        with self._lock:
+            return len(self._streams)
+
     def join(self, watcher: Watcher, session: dict) -> Stream:
         with self._lock:
             if not self._streams:

@@ -24,6 +24,7 @@ LAYERS = (
         "pages_settings",
         "pages_events",
         "install",
+        "metrics",
     )
     + ("telegram_text", "telegram_words", "telegram_acts", "telegram"),
     ("hub",),
