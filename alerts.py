@@ -1,5 +1,6 @@
 """Alerts: what a person should look at although nobody has asked: a worker that makes no progress
-or stands at a usage limit, something that was perhaps not delivered.
+or stands at a usage limit, something that was perhaps not delivered, work whose server or session
+is gone, tasks that no server takes.
 
 An alert is open once for its kind and what it is about, until it is over or somebody dismisses it.
 """
@@ -20,7 +21,7 @@ from models import (
     transaction,
 )
 
-KINDS = ("stuck", "quota", "delivery", "prompt")
+KINDS = ("stuck", "quota", "delivery", "prompt", "lost", "queue")
 STATUSES = ("open", "dismissed", "over")
 LIST_MOST = 500
 WAITING_MOST = 200

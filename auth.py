@@ -31,6 +31,7 @@ from models import (
     TooMany,
     Unauthorised,
     User,
+    clock,
     execute,
     iso,
     one,
@@ -232,7 +233,7 @@ def _person(condition: str, value: str) -> Caller:
         f" FROM token t JOIN user u ON u.id = t.user_id WHERE {condition}",
         (value,),
     )
-    if not found or found["expires_at"] < time.time() or found["disabled"]:
+    if not found or found["expires_at"] < clock.latest() or found["disabled"]:
         raise Unauthorised("This token is not valid (any more): sign in again.")
     memberships = rows("SELECT project_id, role FROM membership WHERE user_id = ?", (found["id"],))
     return Caller(
@@ -371,7 +372,7 @@ def login_with_link(secret: str, kind: str = "web") -> tuple[str, dict]:
         user = one(
             "UPDATE token SET used_at = ? WHERE hash = ? AND kind = 'link' AND used_at IS NULL"
             " AND expires_at > ? RETURNING user_id",
-            (time.time(), digest(secret), time.time()),
+            (time.time(), digest(secret), clock.latest()),
         )
         user = user and one("SELECT * FROM user WHERE id = ? AND disabled = 0", (user["user_id"],))
         if not user:
@@ -727,7 +728,7 @@ def redeem(token: str) -> dict:
             "Make a new one.",
             code="token_used",
         )
-    if row["expires_at"] < time.time():
+    if row["expires_at"] < clock.latest():
         raise Unauthorised(
             f"This registration token expired at {iso(row['expires_at'])}: make a new one.",
             code="token_expired",

@@ -31,10 +31,12 @@ import chats
 import document
 import inbox
 import install
+import leases
 import live
 import logs
 import metrics
 import models
+import moves
 import notices
 import pages
 import pages_events
@@ -83,9 +85,12 @@ SETTINGS = (
     ("grace_s", 15.0, "how long a recovered session is watched before it is active, in seconds"),
     ("lost_after_s", 900.0, "absence after which a server's tasks are given to others"),
     ("claim_s", 20.0, "how long an answer is kept for a call that waits for it, in seconds"),
+    ("queue_timeout_s", 3600.0, "a task that no server takes for so long is an alert, in seconds"),
+    ("start_timeout_s", 900.0, "a worker that has not started by then is given up, in seconds"),
     ("stuck_after_s", 1800.0, "a worker without progress for so long is an alert, in seconds"),
     ("tick_s", 5.0, "how often silence is looked for, in seconds"),
     ("due_s", 1.0, "how often retries and timeouts are looked for, in seconds"),
+    ("lock_patience_s", 5.0, "how long a change waits for its turn before it is refused"),
     ("registration_s", 3600.0, "life of a registration token, in seconds"),
     ("telegram_token", "", "the bot's token, as @BotFather gives it; better not as a flag"),
     ("telegram_api", "https://api.telegram.org", "where the Bot API is reached"),
@@ -188,6 +193,11 @@ def open_data(settings: dict) -> None:
     notices.MERGE_S = settings["telegram_merge_s"]
     chats.use_hub_bot(settings["telegram_token"])
     chats.presence.reset()
+    moves.QUEUE_TIMEOUT_S = settings["queue_timeout_s"]
+    moves.START_TIMEOUT_S = settings["start_timeout_s"]
+    models.LOCK_PATIENCE_S = settings["lock_patience_s"]
+    models.clock.translate = leases.translate
+    leases.listening.begin(settings["offline_after_s"])
     servers.begin()
     sockets.links.reset()
     terminals.streams.reset()
@@ -221,7 +231,7 @@ def jobs(settings: dict):
     """(name, seconds between runs, function) of what the hub does by itself."""
     return (
         ("silence", settings["tick_s"], lambda: _silence(settings)),
-        ("due", settings["due_s"], lambda: tasks.due(time.time())),
+        ("due", settings["due_s"], _due),
         ("settle", settings["due_s"], lambda: _settle(settings)),
         ("answers", settings["due_s"], lambda: inbox.send_unclaimed(time.time())),
         ("stuck", settings["tick_s"], lambda: _notice_stuck(settings)),
@@ -234,8 +244,17 @@ def jobs(settings: dict):
 def _silence(settings: dict) -> None:
     sockets.notice_silence(settings["poll_silence_s"])
     servers.notice_silence(settings["offline_after_s"])
-    servers.release_lost(time.time(), settings["lost_after_s"])
+    if not leases.listening:
+        leases.release_lost(time.time(), settings["lost_after_s"])
+    leases.end_alerts()
     servers.save_heartbeats()
+
+
+def _due() -> None:
+    tasks.due_again(time.time())
+    leases.notice_unplaced(time.time())
+    if not leases.listening:
+        tasks.time_out(time.time())
 
 
 def _notice_stuck(settings: dict) -> None:

@@ -416,7 +416,7 @@ WAITING_MOST = 200
 def waiting(project_ids: list[str], task_id: str | None = None) -> list[dict]:
     """What waits for a person, oldest first, at most 200 of each kind: interventions, permission
     requests and alerts as the API shows them, and plans, each with its `kind` (question, help,
-    approval, plan, permission, stuck, quota, delivery, prompt) and `since`."""
+    approval, plan, permission, or one of `alerts.KINDS`) and `since`."""
     asked = _pending_of(project_ids, task_id)
     items = [
         one | {"kind": one["intervention_type"], "since": one["created_at"]}

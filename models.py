@@ -50,6 +50,8 @@ WRITER_PRAGMAS = (
     "PRAGMA wal_autocheckpoint=8000",  # pages: rarely is it a hand-off that copies them home
 )
 
+CLOCK_SET_S = 2.0  # a clock that is off by more at once was set; less is a clock that is steered
+
 db = DatabaseProxy()
 bus = bus_module.Bus()
 _write_lock = threading.Lock()
@@ -106,6 +108,46 @@ class TooMany(Refused):
 
 class Busy(Refused):
     status, code = 503, "busy"
+
+
+# ── the clock ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Clock:
+    """The wall clock, and whether somebody has set it.
+
+    `translate(tx, by)`, if given, is called in the first transaction after the clock was set by
+    `by` seconds, before anything is stamped with the new time.
+    """
+
+    def __init__(self):
+        self.translate = None
+        self.begin(0.0)
+
+    def begin(self, newest: float) -> None:
+        """Start to watch it. newest: a time that is known to have been, in seconds since 1970."""
+        self._offset = time.time() - time.monotonic()
+        self._newest = newest
+
+    def latest(self) -> float:
+        """The time, never earlier than it has been: what has expired stays expired."""
+        self._newest = max(self._newest, time.time())
+        return self._newest
+
+    def set_by(self) -> float:
+        """By how many seconds the clock was set since `settle`; 0 when nobody has."""
+        by = time.time() - time.monotonic() - self._offset
+        if abs(by) > CLOCK_SET_S:
+            return by
+        self._offset += by
+        return 0.0
+
+    def settle(self, by: float) -> None:
+        """What runs has been moved by so much."""
+        self._offset += by
+
+
+clock = Clock()
 
 
 # ── connection ────────────────────────────────────────────────────────────────────────────────
@@ -198,6 +240,8 @@ def open_db(path: str | os.PathLike) -> HubDatabase:
         plain.close()
     database = HubDatabase(str(path))
     db.initialize(database)
+    last = one("SELECT at FROM event ORDER BY id DESC LIMIT 1")
+    clock.begin(last["at"] if last else 0.0)
     return database
 
 
@@ -358,9 +402,12 @@ def transaction():
     try:
         tx = _begin()
         try:
+            if set_by := clock.set_by() if clock.translate else 0.0:
+                clock.translate(tx, set_by)
             yield tx
             first = _store_events(tx)
             execute("COMMIT")
+            clock.settle(set_by)
         except BaseException:
             db.obj.writer.rollback()
             raise

@@ -4,6 +4,7 @@ attempt that ended, the session that is to start, the command to the agent."""
 import cascade
 from models import Conflict, Transaction, dumps, execute, insert_many, new_id, one
 
+QUEUE_TIMEOUT_S = 3600.0  # a task no server has taken by then is shown to a person
 START_TIMEOUT_S = 900.0  # a worker that has not started by then is given up
 LIVE_SESSION = ("starting", "active", "recovering", "disconnected")
 # The states that hold a slot, spelt as the index of tasks by server has them.
@@ -99,6 +100,8 @@ def _close_what_waits(tx: Transaction, task: dict, verb: str, actor: str) -> dic
 
 def _deadline(task: dict) -> float | None:
     """When a clock of the task runs out in its present state, as seconds since the epoch."""
+    if task["status"] == "pending" and task["waiting_since"] is not None:
+        return queue_deadline(task)
     if task["status"] not in cascade.HOLDS_SLOT or task["assigned_at"] is None:
         return None
     ends = []
@@ -108,6 +111,12 @@ def _deadline(task: dict) -> float | None:
         patience = START_TIMEOUT_S if task["start_timeout"] is None else task["start_timeout"]
         ends.append(task["assigned_at"] + patience)
     return min(ends, default=None)
+
+
+def queue_deadline(task: dict) -> float:
+    """When a person is told that no server takes a task, which waits in the queue."""
+    patience = QUEUE_TIMEOUT_S if task["queue_timeout"] is None else task["queue_timeout"]
+    return task["waiting_since"] + patience
 
 
 def row(task_id: str) -> dict:

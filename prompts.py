@@ -34,6 +34,15 @@ You work on task `{{ id }}` of the project {{ project }}, on the server {{ serve
 {{ report }}
 """
 
+AGAIN = """\
+# {{ title }}
+
+Your terminal on {{ server }} was lost while you worked on this task, `{{ id }}`; this is attempt
+{{ attempt }}, and the conversation is the one you had. Look at what is done already, then go on.
+
+{{ report }}
+"""
+
 REPORT = """\
 ## How to report
 
@@ -57,13 +66,16 @@ PLAN_FIRST = """\
 
 
 def of_session(session: dict) -> str | None:
-    """The prompt of a session's task; None for a session without one, or for a plain program."""
+    """The prompt of a session's task, or what one that resumes a conversation is told; None for a
+    session without a task, or for a plain program."""
     if not session["task_id"] or session["profile"] in (None, "command"):
         return None
     task = one("SELECT * FROM task WHERE id = ?", (session["task_id"],))
     project = one("SELECT * FROM project WHERE id = ?", (session["project_id"],))
     server = labels("server", "name", {session["server_id"]})[session["server_id"]]
     template = loads(project["settings"]).get("prompt") or DEFAULT
+    if session["resumes"]:
+        template = AGAIN
     return fill(template, values_of(task, project["name"], server))
 
 

@@ -119,8 +119,9 @@ def _queued(task: dict, now: float, cause: str | None) -> dict:
 def _enqueue(tasks: list[dict]) -> None:
     for task in tasks:
         execute(
-            "UPDATE task SET signature = ?, waiting_since = ?, not_before = NULL WHERE id = ?",
-            (task["signature"], task["waiting_since"], task["id"]),
+            "UPDATE task SET signature = ?, waiting_since = ?, not_before = NULL, deadline_at = ?"
+            " WHERE id = ?",
+            (task["signature"], task["waiting_since"], moves.queue_deadline(task), task["id"]),
         )
 
 
@@ -156,13 +157,30 @@ def _route(tx: Transaction, task: dict, servers: list[dict], actor: str) -> bool
     candidates = cascade.rank(wanted(task), servers)
     if not candidates or not candidates[0]["fits"]:
         return False
-    best = candidates[0]
+    best, lost = candidates[0], _lost_conversation(task)
+    if lost:  # where it lies is where it can go on
+        there = (c for c in candidates if c["fits"] and c["server_id"] == lost["server_id"])
+        best = next(there, best)
     server = next(s for s in servers if s["id"] == best["server_id"])
     if not _take_slot(server):
         return False
     server["busy"] += 1
-    _give(tx, task, server, candidates, actor)
+    resumed = lost if lost and lost["server_id"] == server["id"] else None
+    _give(tx, task, server, best, candidates, resumed, actor)
     return True
+
+
+def _lost_conversation(task: dict) -> dict | None:
+    """The session of the last attempt, if that one was lost and its coding agent's conversation
+    can be taken up again."""
+    if task["attempt"] == 1 or task["pinned_session"]:
+        return None
+    return one(
+        "SELECT s.* FROM attempt a JOIN session s ON s.id = a.session_id WHERE a.task_id = ?"
+        " AND a.number = ? AND a.outcome = 'release' AND s.task_id = a.task_id"
+        " AND s.conversation IS NOT NULL AND s.profile = ?",
+        (task["id"], task["attempt"] - 1, task["profile"]),
+    )
 
 
 def _take_slot(server: dict) -> bool:
@@ -174,12 +192,14 @@ def _take_slot(server: dict) -> bool:
     return done.rowcount == 1
 
 
-def _give(tx, task: dict, server: dict, candidates: list[dict], actor: str) -> None:
-    session_id = _session_for(tx, task, server)
+def _give(tx, task: dict, server: dict, best: dict, candidates, resumed, actor: str) -> None:
+    session_id = _session_for(tx, task, server, resumed)
     by_hand = bool(task["pinned_server"])
     details = {"agent": server["name"]}
     if not by_hand:
-        details |= {"score": candidates[0]["score"], "candidates": explained(candidates)}
+        details |= {"score": best["score"], "candidates": explained(candidates)}
+    if resumed:
+        details |= {"resumes": resumed["name"]}
     given = moves.do(
         tx,
         task,
@@ -207,8 +227,11 @@ def explained(candidates: list[dict]) -> list[dict]:
     ]
 
 
-def _session_for(tx: Transaction, task: dict, server: dict) -> str | None:
-    """The session that will do the work: the one named, or a new worker's; None without one."""
+def _session_for(tx: Transaction, task: dict, server: dict, resumed: dict | None) -> str | None:
+    """The session that will do the work: the one named, or a new worker's; None without one.
+
+    resumed: a session (a row) whose conversation the new one takes up.
+    """
     if task["pinned_session"]:
         live = one("SELECT * FROM session WHERE id = ?", (task["pinned_session"],))
         if live and live["state"] in LIVE_SESSION:
@@ -228,6 +251,8 @@ def _session_for(tx: Transaction, task: dict, server: dict) -> str | None:
         mode=task["mode"],
         command=task["command"],
         repo=_parsed(task["requirements"]).get("repo"),
+        resumes=resumed["conversation"] if resumed else None,
+        working_directory=resumed["working_directory"] if resumed else None,
         created_by=HUB.actor,
     )
 

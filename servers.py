@@ -6,7 +6,6 @@ import time
 
 import auth
 import cascade
-import moves
 import reading
 import routing
 import sessions
@@ -225,7 +224,7 @@ def revoke(caller: Caller, ref: str) -> dict:
             " WHERE pinned_server = ?",
             (server["id"],),
         )
-        for task in _tasks_on(server["id"]):
+        for task in tasks.held_by(server["id"]):
             tasks.release(tx, task, f"server {server['name']} was revoked", caller.actor)
         execute(
             "UPDATE command SET acked_at = ? WHERE server_id = ? AND acked_at IS NULL",
@@ -237,13 +236,9 @@ def revoke(caller: Caller, ref: str) -> dict:
     return one("SELECT * FROM server WHERE id = ?", (server["id"],))
 
 
-def _tasks_on(server_id: str) -> list[dict]:
-    return rows(f"SELECT * FROM task WHERE server_id = ? AND {moves.HELD}", (server_id,))
-
-
 def assigned_tasks(caller: Caller) -> list[dict]:
     """The tasks on the caller's server, whole, oldest first."""
-    return reading.tasks_json(sorted(_tasks_on(caller.server_id), key=lambda t: t["seq"]))
+    return reading.tasks_json(sorted(tasks.held_by(caller.server_id), key=lambda t: t["seq"]))
 
 
 class _Life:
@@ -429,19 +424,3 @@ def notice_silence(offline_after: float = OFFLINE_AFTER_S) -> list[str]:
                 )
                 sessions.disconnect(tx, server_id)
     return gone
-
-
-def release_lost(now: float, lost_after: float = LOST_AFTER_S) -> int:
-    """Take their work from servers that have been away for `lost_after` seconds; how many tasks."""
-    released = 0
-    for server in rows(
-        "SELECT * FROM server WHERE online = 0 AND offline_at <= ? AND busy > 0",
-        (now - lost_after,),
-    ):
-        for task in _tasks_on(server["id"]):
-            if task["on_lost"] == "retry":
-                with transaction() as tx:
-                    why = f"server {server['name']} has been away for {lost_after:g} s"
-                    tasks.release(tx, task, why)
-                released += 1
-    return released

@@ -34,6 +34,7 @@ from reading import CLOCKS, PRIORITIES
 
 TYPES = ("feature", "bugfix", "refactor", "chore", "docs")
 ON_LOST = ("retry", "ask")
+AT_ONCE = 500  # tasks a job looks at in one run
 FREE_ATTEMPTS = 5  # as often a task is tried again for faults that are not its worker's
 
 
@@ -911,12 +912,35 @@ def release(tx: Transaction, task: dict, why: str, actor: str = HUB.actor) -> di
     return _reopen(tx, task, "release", actor, {"why": why}, freed={task["server_id"]})
 
 
+def held_by(server_id: str) -> list[dict]:
+    """The tasks that hold a slot of a server."""
+    return rows(f"SELECT * FROM task WHERE server_id = ? AND {moves.HELD}", (server_id,))
+
+
+def gone(task: dict) -> str | None:
+    """Why nobody works on a task that somebody was given: the rest of a sentence; None if all is
+    well, or if nobody was given it."""
+    if task["status"] not in cascade.HOLDS_SLOT:
+        return None
+    server = one("SELECT name, online FROM server WHERE id = ?", (task["server_id"],))
+    if not server["online"]:
+        return f"server {server['name']} is away"
+    session = one("SELECT state FROM session WHERE id = ?", (task["session_id"],))
+    if session and session["state"] not in LIVE_SESSION:
+        return f"its session is {session['state']}"
+    return None
+
+
 def retry(caller: Caller, ref: str) -> dict:
-    """Open a failed or cancelled task again as its next attempt. Raises IllegalMove."""
+    """Open a failed or cancelled task again as its next attempt, or one whose server or session
+    is gone. Raises IllegalMove."""
     task = find("task", caller, ref)
     require(caller, "task.change", task["project_id"], "task")
     with transaction() as tx:
-        return _reopen(tx, moves.row(task["id"]), "retry", caller.actor)
+        task = moves.row(task["id"])
+        if why := gone(task):
+            return release(tx, task, why, caller.actor)
+        return _reopen(tx, task, "retry", caller.actor)
 
 
 def cancel(caller: Caller, ref: str, *, downstream: bool = False) -> tuple[dict, list[str]]:
@@ -1060,29 +1084,33 @@ def _columns(task: dict, data: dict) -> dict:
     return columns
 
 
-def due(now: float) -> int:
-    """Retry what has waited long enough and end what took too long; how many were touched."""
-    ready = rows(
-        "SELECT id FROM task WHERE not_before IS NOT NULL AND not_before <= ? LIMIT 500", (now,)
-    )
-    late = rows(
-        "SELECT id FROM task WHERE deadline_at IS NOT NULL AND deadline_at <= ? LIMIT 500", (now,)
-    )
+def due_again(now: float) -> int:
+    """Route the tasks that have waited long enough before their next attempt; how many."""
+    ready = rows("SELECT id FROM task WHERE not_before <= ? LIMIT ?", (now, AT_ONCE))
     for found in ready:
         with transaction() as tx:
             task = moves.row(found["id"])
             if task["not_before"] is not None and task["not_before"] <= now:
                 task = moves.change(tx, task, not_before=None)
                 routing.place(tx, task["project_id"], [task], set())
+    return len(ready)
+
+
+def time_out(now: float) -> int:
+    """End what took too long to start or to finish; how many."""
+    late = rows(
+        "SELECT id FROM task WHERE deadline_at <= ? AND waiting_since IS NULL LIMIT ?",
+        (now, AT_ONCE),
+    )
     for found in late:
         _time_out(found["id"], now)
-    return len(ready) + len(late)
+    return len(late)
 
 
 def _time_out(task_id: str, now: float) -> None:
     with transaction() as tx:
         task = moves.row(task_id)
-        if task["deadline_at"] is None or task["deadline_at"] > now:
+        if task["deadline_at"] is None or task["deadline_at"] > now or task["waiting_since"]:
             return
         overall = task["timeout"] is not None and now >= task["assigned_at"] + task["timeout"]
         why = (

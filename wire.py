@@ -16,6 +16,7 @@ import alerts
 import auth
 import cascade
 import inbox
+import leases
 import logs
 import moves
 import permissions
@@ -392,10 +393,10 @@ def _lose_others(tx: Transaction, server_id: str, named: set[str]) -> None:
 
 
 def _lose(tx: Transaction, session: dict, why: str) -> None:
-    """A session is gone without an end of its own: its task is tried again elsewhere."""
+    """A session is gone without an end of its own: its task is tried again, or a person asked."""
     sessions.move(tx, session, "lose", HUB.actor, reason=why)
     for task in _open_tasks_of(session):
-        tasks.release(tx, task, f"its session is gone: {why}")
+        leases.lose(tx, task, f"its session is gone: {why}")
 
 
 def reconnected(server_id: str) -> None:
@@ -528,8 +529,8 @@ def _session_recovered(tx, caller: Caller, frame: dict) -> None:
 
 
 def _session_closed(tx, caller: Caller, frame: dict) -> None:
-    """gone: its terminal has ended, not its program, so its task is tried again; told by the lack
-    of an exit code, unless the agent says it."""
+    """gone: its terminal has ended, not its program, so its task is lost; told by the lack of an
+    exit code, unless the agent says it."""
     session = _own_session(caller, frame)
     code = frame.get("exit_code")
     open_tasks = _open_tasks_of(session)
@@ -545,7 +546,7 @@ def _session_closed(tx, caller: Caller, frame: dict) -> None:
     )
     for task in open_tasks:
         if frame.get("gone", code is None):  # as after a reboot
-            tasks.release(tx, task, f"its terminal on {caller.name} is gone")
+            leases.lose(tx, task, f"its terminal on {caller.name} is gone")
         else:
             shown = "unknown" if code is None else code
             error = f"the worker's session ended without a report (exit code {shown})"

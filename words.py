@@ -155,6 +155,7 @@ WORDS = {
     "server_resumed": ("disc", "good", "server takes work again"),
     "server_revoked": ("slash", "quiet", "server revoked"),
     "server_changed": ("square", "quiet", _assignee_or_fields),
+    "clock_set": ("triangle", "warn", "the hub's clock was set by {by_s} s"),
     "alert_raised": ("triangle", "warn", "{sentence}"),
     "alert_ended": ("check", "quiet", "alert {status}"),
     "rules_changed": ("square", "quiet", "rule {change}: {action} {tool} {pattern}"),

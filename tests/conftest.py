@@ -38,6 +38,7 @@ from werkzeug.serving import make_server
 
 import auth
 import hub as hub_module
+import leases
 import logs
 import models
 import moves
@@ -89,6 +90,11 @@ def wait_until(condition, timeout: float = 20.0, every: float = 0.02):
         if time.monotonic() > deadline:
             pytest.fail(f"still {value!r} after {timeout:g} s")
         time.sleep(every)
+
+
+def due(now: float) -> int:
+    """What the hub's job of that name does at `now`; how many tasks it touched."""
+    return tasks.time_out(now) + leases.notice_unplaced(now) + tasks.due_again(now)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import sessions
 import tasks
 import wire
 from auth import HUB
-from conftest import wait_until
+from conftest import due, wait_until
 
 # ── tasks ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -71,7 +71,7 @@ def test_a_worker_that_never_starts_is_given_up_in_the_end(world):
     world.task("A", command=["true"], start_timeout=1, auto_assign=True)
     now = time.time()
     for round_ in range(1, 40):
-        tasks.due(now + round_ * 100)
+        due(now + round_ * 100)
     row = world.row("A")
     assert (row["status"], row["attempt"]) == ("failed", tasks.FREE_ATTEMPTS)
     world.check()

@@ -18,7 +18,7 @@ import tasks
 import wire
 import words
 from auth import HUB
-from conftest import ROOT
+from conftest import ROOT, due
 from models import Conflict, Forbidden, Invalid, NotFound, transaction
 
 FAR = 2.0**40  # seconds: later than any clock of a test
@@ -145,7 +145,7 @@ def test_a_clock_of_the_whole_attempt_goes_on_while_a_question_is_open(shop):
     shop.working("A", server="dev", timeout=1000)
     asked = ask(shop, "A", by=HUB)
     assert shop.row("A")["deadline_at"] is not None
-    tasks.due(FAR)
+    due(FAR)
     assert shop.status("A") == "failed"
     assert inbox.get_intervention(HUB, asked["id"])["status"] == "closed"
     shop.check()

@@ -12,7 +12,8 @@ from conftest import ROOT
 LAYERS = (
     ("cascade", "rules", "bus"),
     ("models", "logs"),
-    ("auth", "moves", "routing", "reading", "prompts", "tasks", "alerts", "permissions")
+    ("auth", "moves", "routing", "reading", "prompts", "tasks", "alerts", "leases")
+    + ("permissions",)
     + ("sessions", "inbox", "chats", "notices")
     + ("terminals", "servers", "wire", "nudges", "older"),
     ("web", "ws", "feed", "document", "api", "api_permissions", "sockets", "live", "words", "prose")

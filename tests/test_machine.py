@@ -24,7 +24,7 @@ import servers
 import sessions
 import tasks
 from auth import HUB
-from conftest import World, _close, _forget_all
+from conftest import World, _close, _forget_all, due
 from models import Conflict
 
 OPEN = {"pending", "assigned", "running"}
@@ -474,7 +474,7 @@ class Hub(RuleBasedStateMachine):
             assert len(numbers) == len(set(numbers))
             assert all(n <= task.attempt for n in numbers)
         assert reading.last_event_id() == len(self.world.events())
-        assert tasks.due(time.time()) == 0
+        assert due(time.time()) == 0
         assert all(moves.row(i) for i in self.world.ids.values())
 
 

@@ -7,6 +7,7 @@ import pytest
 import auth
 import cascade
 import inbox
+import leases
 import models
 import moves
 import reading
@@ -15,6 +16,7 @@ import sessions
 import tasks
 import wire
 from auth import HUB
+from conftest import due
 from models import Conflict, Forbidden, Invalid, NotFound
 
 API = {"endpoints": [{"path": "/users", "method": "GET"}], "types": {"User": {"id": "uuid"}}}
@@ -541,11 +543,11 @@ def test_a_retry_waits_its_delay_and_says_until_when(world):
     assert world.status("A") == "pending"
     assert world.shown("A") == "ready"
     assert world.reason("A").startswith("will be tried again at 20")
-    assert tasks.due(now + 50) == 0
+    assert due(now + 50) == 0
     assert world.status("A") == "pending"
-    assert tasks.due(now + 61) == 1
+    assert due(now + 61) == 1
     assert (world.status("A"), world.row("A")["attempt"]) == ("assigned", 2)
-    assert tasks.due(now + 62) == 0
+    assert due(now + 62) == 0
 
 
 def test_a_task_that_waits_for_its_delay_can_be_given_away_or_cancelled(world):
@@ -553,7 +555,7 @@ def test_a_task_that_waits_for_its_delay_can_be_given_away_or_cancelled(world):
     world.working("A", max_attempts=5, retry_delay_s=60)
     world.fail("A")
     world.cancel("A")
-    assert tasks.due(time.time() + 100) == 0
+    assert due(time.time() + 100) == 0
     assert world.status("A") == "cancelled"
 
 
@@ -562,11 +564,11 @@ def test_a_worker_that_does_not_start_is_given_up_and_tried_again(world):
     world.task("A", command=["true"], start_timeout=30)
     world.assign("A", server="dev")
     now = time.time()
-    assert tasks.due(now + 29) == 0
-    assert tasks.due(now + 31) == 1
+    assert due(now + 29) == 0
+    assert tasks.time_out(now + 31) == 1
     assert "will be tried again at" in world.reason("A")
-    tasks.due(now + 60)
-    tasks.due(now + 20)  # a moment later, so that a broken server is not asked in a loop
+    due(now + 60)
+    due(now + 20)  # a moment later, so that a broken server is not asked in a loop
     row = world.row("A")
     assert (row["status"], row["attempt"]) == ("assigned", 2)
     [failed] = world.events("A", "task_failed")
@@ -578,7 +580,7 @@ def test_a_worker_that_does_not_start_is_given_up_and_tried_again(world):
 def test_a_worker_that_has_started_has_no_start_to_miss(world):
     world.server("dev")
     world.working("A", command=["true"], start_timeout=30)
-    assert tasks.due(time.time() + 1000) == 0
+    assert due(time.time() + 1000) == 0
     assert world.status("A") == "running"
 
 
@@ -586,11 +588,11 @@ def test_a_task_that_takes_too_long_fails(world):
     world.server("dev")
     world.working("A", timeout=120)
     now = time.time()
-    assert tasks.due(now + 119) == 0
-    assert tasks.due(now + 121) == 1
+    assert due(now + 119) == 0
+    assert due(now + 121) == 1
     assert world.status("A") == "failed"
     assert world.json("A")["result"] == {"error": "timed out: not finished after 120 s"}
-    assert tasks.due(now + 500) == 0
+    assert due(now + 500) == 0
     world.check()
 
 
@@ -598,7 +600,7 @@ def test_a_timeout_set_while_a_task_runs_counts(world):
     world.server("dev")
     world.working("A")
     world.update("A", timeout=60)
-    assert tasks.due(time.time() + 61) == 1
+    assert due(time.time() + 61) == 1
     assert world.status("A") == "failed"
 
 
@@ -832,7 +834,7 @@ def test_a_report_of_an_older_attempt_is_fenced(world):
     world.server("b")
     old = world.key("a")
     world.offline("a")
-    assert servers.release_lost(time.time() + 1000, 900) == 1
+    assert leases.release_lost(time.time() + 1000, 900) == 1
     assert (world.on("A"), world.row("A")["attempt"]) == ("b", 2)
     world.online("a")
     with pytest.raises(Conflict) as refused:

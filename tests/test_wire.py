@@ -12,7 +12,9 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+import alerts
 import auth
+import leases
 import models
 import servers
 import sessions
@@ -861,8 +863,8 @@ def test_a_task_on_a_server_that_stays_away_is_released_and_given_to_another(wor
     world.server("other")
     world.offline("dev")
     now = time.time()
-    assert servers.release_lost(now + 899) == 0
-    assert servers.release_lost(now + 901) == 1
+    assert leases.release_lost(now + 899, 900) == 0
+    assert leases.release_lost(now + 901, 900) == 1
     assert (world.on("A"), world.row("A")["attempt"]) == ("other", 2)
     [released] = world.events("A", "task_released")
     assert released["details"]["why"] == "server dev has been away for 900 s"
@@ -875,8 +877,14 @@ def test_a_task_that_is_to_ask_stays_with_a_server_that_is_away(world, wire):
     world.task("A", command=["x"], on_lost="ask", auto_assign=True)
     world.server("other")
     world.offline("dev")
-    assert servers.release_lost(time.time() + 1000) == 0
+    assert leases.release_lost(time.time() + 1000, 900) == 0
     assert world.on("A") == "dev"
+    [alert] = alerts.waiting([world.project("shop")["id"]])
+    assert (alert["kind"], alert["task_id"]) == ("lost", world.ids["A"])
+    assert "server dev has been away for 900 s. Retry the task" in alert["sentence"]
+    leases.release_lost(time.time() + 1010, 900)
+    leases.end_alerts()
+    assert len(alerts.waiting([world.project("shop")["id"]])) == 1
 
 
 # ── revoked ───────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,212 @@
+"""What becomes of work whose server, session or time is gone, and what clocks have to do with it.
+
+A task on a server that stays away, or whose session is gone, is tried again or left to a person, as
+its `on_lost` says: never both. Times are compared by the hub's wall clock; when that is set, what
+is stored is moved along (`translate`), so that nothing runs out early or late. After the hub itself
+was away, everybody gets time to speak before anything is given up (`Listening`).
+"""
+
+import threading
+import time
+
+import alerts
+import cascade
+import moves
+import tasks
+from auth import HUB
+from models import Transaction, execute, in_chunks, labels, loads, one, rows, transaction
+
+AT_ONCE = 500  # tasks looked at in one run of a job
+QUIET_S = 90.0  # how long the hub only listens after it was away itself
+
+
+# ── a session or server is gone ───────────────────────────────────────────────────────────────
+
+
+def lose(tx: Transaction, task: dict, why: str) -> bool:
+    """What worked on `task` (a row) is gone: try it again, or leave it to a person; whether it was
+    released. why: the rest of a sentence, such as "its session is gone: …"."""
+    if task["on_lost"] == "retry":
+        tasks.release(tx, task, why)
+        return True
+    if not _known(task):
+        sentence = (
+            f"{task['title'][:300]}: {why}. Retry the task, cancel it, or wait for it to come back."
+        )
+        alerts.begin(
+            tx,
+            "lost",
+            task["project_id"],
+            sentence,
+            task_id=task["id"],
+            about=str(task["attempt"]),
+        )
+    return False
+
+
+def _known(task: dict) -> bool:
+    """Whether somebody was told of the loss of this attempt, open or dismissed."""
+    return bool(
+        one(
+            "SELECT 1 FROM alert WHERE task_id = ? AND kind = 'lost' AND about = ?"
+            " AND status <> 'over'",
+            (task["id"], str(task["attempt"])),
+        )
+    )
+
+
+def release_lost(now: float, lost_after: float) -> int:
+    """Do with the tasks of servers that have been away for `lost_after` seconds as each says; how
+    many were released."""
+    released = 0
+    for server in rows(
+        "SELECT * FROM server WHERE online = 0 AND offline_at <= ? AND busy > 0",
+        (now - lost_after,),
+    ):
+        why = f"server {server['name']} has been away for {lost_after:g} s"
+        for task in tasks.held_by(server["id"]):
+            if task["on_lost"] == "ask" and _known(task):
+                continue
+            with transaction() as tx:
+                if _still_away(server["id"], now - lost_after):
+                    task = moves.row(task["id"])
+                    if task["server_id"] == server["id"] and task["status"] in cascade.HOLDS_SLOT:
+                        released += lose(tx, task, why)
+    return released
+
+
+def _still_away(server_id: str, since: float) -> bool:
+    """Whether it is, now that we have the turn: it may be back, or the clock may have been set."""
+    server = one("SELECT online, offline_at FROM server WHERE id = ?", (server_id,))
+    return not server["online"] and server["offline_at"] <= since
+
+
+# ── nobody takes a task ───────────────────────────────────────────────────────────────────────
+
+
+def notice_unplaced(now: float) -> int:
+    """Open an alert for what has waited for a server for its `queue_timeout`: one for all tasks of
+    a project that ask for the same; how many tasks were looked at."""
+    late = rows(
+        "SELECT * FROM task WHERE deadline_at <= ? AND waiting_since IS NOT NULL"
+        " ORDER BY deadline_at LIMIT ?",
+        (now, AT_ONCE),
+    )
+    if not late:
+        return 0
+    with transaction() as tx:
+        for part, marks in in_chunks([task["id"] for task in late]):
+            execute(f"UPDATE task SET deadline_at = NULL WHERE id IN {marks}", part)
+        for task in {(t["project_id"], t["signature"]): t for t in reversed(late)}.values():
+            _begin_unplaced(tx, task, now)
+    return len(late)
+
+
+def _begin_unplaced(tx: Transaction, task: dict, now: float) -> None:
+    if one(
+        "SELECT 1 FROM alert WHERE project_id = ? AND kind = 'queue' AND about = ?"
+        " AND (status = 'open' OR (status = 'dismissed' AND at > ?))",
+        (task["project_id"], task["signature"], task["waiting_since"]),
+    ):
+        return
+    [[count]] = execute(
+        "SELECT COUNT(*) FROM (SELECT 1 FROM task WHERE project_id = ? AND signature = ?"
+        " AND waiting_since IS NOT NULL LIMIT 1000)",
+        (task["project_id"], task["signature"]),
+    ).fetchall()
+    others = f" and {count - 1} more" if count > 1 else ""
+    minutes = max(1, round((now - task["waiting_since"]) / 60))
+    sentence = (
+        f"No server has taken this for {minutes} min: {task['title'][:300]}{others}. "
+        f"It asks for {_asked(loads(task['signature']))}; `task explain` says why nobody fits."
+    )
+    alerts.begin(
+        tx, "queue", task["project_id"], sentence, task_id=task["id"], about=task["signature"]
+    )
+
+
+def _asked(wanted: dict) -> str:
+    parts = []
+    for name, value in sorted(wanted.items()):
+        if value:
+            shown = ", ".join(value) if isinstance(value, list) else str(value)
+            if name == "server":
+                shown = labels("server", "name", {shown}).get(shown, shown)
+            parts.append(f"{name} {shown}")
+    return "; ".join(parts) or "any server with a free slot"
+
+
+def end_alerts() -> None:
+    """End the alerts on losses and waits that are over."""
+    for alert in rows(
+        "SELECT * FROM alert WHERE status = 'open' AND kind IN ('lost', 'queue') LIMIT ?",
+        (AT_ONCE,),
+    ):
+        if not STILL[alert["kind"]](alert):
+            with transaction() as tx:
+                alerts.end(tx, alert)
+
+
+def _still_lost(alert: dict) -> bool:
+    task = moves.row(alert["task_id"])
+    return str(task["attempt"]) == alert["about"] and tasks.gone(task) is not None
+
+
+def _still_unplaced(alert: dict) -> bool:
+    return bool(
+        one(
+            "SELECT 1 FROM task WHERE project_id = ? AND signature = ?"
+            " AND waiting_since IS NOT NULL LIMIT 1",
+            (alert["project_id"], alert["about"]),
+        )
+    )
+
+
+STILL = {"lost": _still_lost, "queue": _still_unplaced}
+
+
+# ── clocks ────────────────────────────────────────────────────────────────────────────────────
+
+# What runs by the wall clock and is still running: (table, columns, which rows).
+RUNNING = (
+    ("task", ("assigned_at", "started_at", "deadline_at"), moves.HELD),
+    ("task", ("waiting_since", "deadline_at"), "waiting_since IS NOT NULL"),
+    ("task", ("not_before",), "not_before IS NOT NULL"),
+    ("server", ("offline_at",), "offline_at IS NOT NULL"),
+    ("session", ("state_at",), "state = 'recovering'"),
+)
+
+
+def translate(tx: Transaction, by: float) -> None:
+    """The hub's clock was set by so many seconds: move what is running along with it."""
+    for table, columns, which in RUNNING:
+        changes = ", ".join(f"{column} = {column} + :by" for column in columns)
+        execute(f"UPDATE {table} SET {changes} WHERE {which}", {"by": by})
+    tx.emit("clock_set", None, HUB.actor, {"by_s": round(by, 3)})
+
+
+class Listening:
+    """Whether the hub was away itself, stopped or asleep, so short a time ago that reports may
+    still be on their way; nothing is given up meanwhile."""
+
+    def __init__(self, quiet_s: float = QUIET_S):
+        self._lock = threading.Lock()
+        self.quiet_s = quiet_s
+        self._until = self._looked = time.monotonic()
+
+    def begin(self, quiet_s: float) -> None:
+        """The hub starts."""
+        now = time.monotonic()
+        self.quiet_s, self._looked, self._until = quiet_s, now, now + quiet_s
+
+    def __bool__(self) -> bool:
+        """Asked at short intervals: a long one means that this process did not run."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked > self.quiet_s / 2:
+                self._until = now + self.quiet_s
+            self._looked = now
+            return now < self._until
+
+
+listening = Listening()
