@@ -533,13 +533,21 @@ class Store:
 
     def __init__(self, path):
         os.close(open_private(path, os.O_CREAT | os.O_RDWR))
+        self.path = Path(path)
+        self.trouble = None  # why the last change is not on the disk
         self._lock = threading.RLock()
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.executescript(self.SCHEMA)
-        if self.get("spool_id") is None:
-            self.put("spool_id", str(uuid.uuid4()))
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(self.SCHEMA)
+            if self.get("spool_id") is None:
+                self.put("spool_id", str(uuid.uuid4()))
+        except sqlite3.DatabaseError as error:
+            raise AgentError(
+                f"{path} cannot be used ({error}): free some space on that disk, or, if the file "
+                "is damaged, move it away; sessions in tmux go on."
+            ) from error
 
     def close(self):
         with self._lock:
@@ -548,13 +556,17 @@ class Store:
     @contextlib.contextmanager
     def _transaction(self):
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
+                self._db.execute("COMMIT")
+            except BaseException as error:
+                if isinstance(error, sqlite3.OperationalError):
+                    self.trouble = f"its agent cannot write to {self.path.parent}: {error}"
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
+            self.trouble = None
 
     def _rows(self, sql, *values):
         with self._lock:
@@ -4480,6 +4492,8 @@ class Agent:
             return log.debug("ignored: %s", printable(frame.get("type"), 60))
         try:
             return handler(self, frame)
+        except sqlite3.OperationalError:  # nothing is wrong with the frame: the disk is full
+            raise
         except Exception:
             log.exception("a frame of type %s failed", frame["type"])
 
@@ -4487,8 +4501,12 @@ class Agent:
 
     def run_command(self):
         frame = self.commands.get()
-        if self._carry_out(self.COMMANDS, frame) is not LATER:
-            self.store.done(frame["epoch"], frame["id"])
+        try:
+            if self._carry_out(self.COMMANDS, frame) is not LATER:
+                self.store.done(frame["epoch"], frame["id"])
+        except sqlite3.OperationalError:  # again, as after a crash, when there is room
+            self.commands.put(frame)
+            raise
 
     def serve_hooks(self):
         self.hooks.step()
@@ -5338,7 +5356,7 @@ class Heartbeat:
         self.line = line
 
     def step(self):
-        vital = {"system_info": system_info()}
+        vital = {"system_info": {**system_info(), "trouble": self.agent.store.trouble}}
         if self.line.socket:
             self.agent.outgoing.say({"type": "heartbeat", **vital})
         else:
@@ -5365,6 +5383,9 @@ class Loop(threading.Thread):
         while not self.stop.is_set():
             try:
                 self.step()
+            except sqlite3.OperationalError as error:
+                log.error("%s: the state cannot be written (%s); trying again", self.name, error)
+                self.stop.wait(1)
             except Exception:
                 log.exception("%s failed", self.name)
                 self.stop.wait(1)

@@ -1,6 +1,6 @@
 """Alerts: what a person should look at although nobody has asked: a worker that makes no progress
 or stands at a usage limit, something that was perhaps not delivered, work whose server or session
-is gone, tasks that no server takes.
+is gone, tasks that no server takes, a server that cannot do its work.
 
 An alert is open once for its kind and what it is about, until it is over or somebody dismisses it.
 """
@@ -21,7 +21,7 @@ from models import (
     transaction,
 )
 
-KINDS = ("stuck", "quota", "delivery", "prompt", "lost", "queue")
+KINDS = ("stuck", "quota", "delivery", "prompt", "lost", "queue", "server")
 STATUSES = ("open", "dismissed", "over")
 LIST_MOST = 500
 WAITING_MOST = 200
@@ -36,6 +36,7 @@ def begin(
     *,
     session: dict | None = None,
     task_id: str | None = None,
+    server_id: str | None = None,
     about: str = "",
 ) -> bool:
     """Open an alert unless the same one is open; whether it was opened.
@@ -47,7 +48,7 @@ def begin(
         "project_id": project_id,
         "kind": kind,
         "session_id": session["id"] if session else None,
-        "server_id": session["server_id"] if session else None,
+        "server_id": session["server_id"] if session else server_id,
         "task_id": task_id or (session["task_id"] if session else None),
         "about": about,
         "sentence": sentence[:SENTENCE_MOST],

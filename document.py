@@ -401,7 +401,7 @@ class Verdict(Answer):
 
 class Alert(Answer):
     id: str
-    kind: Literal["stuck", "quota", "delivery", "prompt", "lost", "queue"]
+    kind: Literal["stuck", "quota", "delivery", "prompt", "lost", "queue", "server"]
     sentence: str
     project_id: str
     session_id: str | None

@@ -270,15 +270,19 @@ def _settle(settings: dict) -> None:
     sessions.settle_recovering(time.time(), settings["grace_s"])
 
 
+def _job_failed(event) -> None:
+    if isinstance(event.exception, models.Refused):  # the disk is full, for one: it says what to do
+        log.error("job %s: %s", event.job_id, event.exception)
+    else:
+        log.error("job %s failed", event.job_id, exc_info=event.exception)
+
+
 def start_jobs(settings: dict) -> BackgroundScheduler:
     scheduler = BackgroundScheduler(
         timezone=UTC,
         job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": 60},
     )
-    scheduler.add_listener(
-        lambda event: log.error("job %s failed", event.job_id, exc_info=event.exception),
-        EVENT_JOB_ERROR,
-    )
+    scheduler.add_listener(_job_failed, EVENT_JOB_ERROR)
     for name, seconds, function in jobs(settings):
         scheduler.add_job(function, "interval", seconds=seconds, id=name, replace_existing=True)
     scheduler.start()
@@ -322,6 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     for handler in logging.getLogger().handlers:
         handler.setFormatter(Discreet("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("apscheduler").setLevel(logging.WARNING)
+    logging.getLogger("apscheduler.executors").setLevel(logging.CRITICAL)  # see _job_failed
     return print_login_link(settings) if only_link else serve(settings)
 
 

@@ -167,13 +167,14 @@ STILL = {"lost": _still_lost, "queue": _still_unplaced}
 
 # ── clocks ────────────────────────────────────────────────────────────────────────────────────
 
+LIVE = "state IN ('starting', 'active', 'disconnected', 'recovering')"
 # What runs by the wall clock and is still running: (table, columns, which rows).
 RUNNING = (
-    ("task", ("assigned_at", "started_at", "deadline_at"), moves.HELD),
+    ("task", ("assigned_at", "started_at", "deadline_at", "updated_at"), moves.HELD),
     ("task", ("waiting_since", "deadline_at"), "waiting_since IS NOT NULL"),
     ("task", ("not_before",), "not_before IS NOT NULL"),
     ("server", ("offline_at",), "offline_at IS NOT NULL"),
-    ("session", ("state_at",), "state = 'recovering'"),
+    ("session", ("state_at", "activity_at", "progress_at"), LIVE),
 )
 
 

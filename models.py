@@ -71,7 +71,8 @@ class Refused(Exception):
     ├── Conflict      409  the present state does not allow it
     ├── Invalid       422  the request itself is wrong
     ├── TooMany       429  slow down
-    └── Busy          503  the database could not be written in time; nothing was changed
+    ├── Busy          503  the database could not be written in time; nothing was changed
+    └── NoRoom        507  the disk is full or fails; nothing was changed
     """
 
     status, code = 400, "refused"
@@ -108,6 +109,10 @@ class TooMany(Refused):
 
 class Busy(Refused):
     status, code = 503, "busy"
+
+
+class NoRoom(Refused):
+    status, code = 507, "disk"
 
 
 # ── the clock ─────────────────────────────────────────────────────────────────────────────────
@@ -390,7 +395,7 @@ def transaction():
 
     On success the events are stored and committed with the changes and then published; on an
     exception everything of this block is undone and nothing published. Raises Busy when the write
-    lock cannot be had within LOCK_PATIENCE_S.
+    lock cannot be had within LOCK_PATIENCE_S, NoRoom when the disk does not take it.
     """
     outer = getattr(_local, "transaction", None)
     if outer is not None:
@@ -408,8 +413,9 @@ def transaction():
             first = _store_events(tx)
             execute("COMMIT")
             clock.settle(set_by)
-        except BaseException:
+        except BaseException as error:
             db.obj.writer.rollback()
+            _raise_disk(error)
             raise
         finally:
             _local.transaction = None
@@ -425,12 +431,26 @@ def _begin() -> Transaction:
             writer.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
             # another process holds the file; waiting inside SQLite would stop every greenlet
+            _raise_disk(error)
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise Busy("The database is busy; try again in a moment.") from error
             time.sleep(0.01)
         else:
             _local.transaction = Transaction()
             return _local.transaction
+
+
+DISK_ERRORS = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")
+
+
+def _raise_disk(error: BaseException) -> None:
+    """Raise NoRoom when an error says that the disk does not take what is written."""
+    name = getattr(getattr(error, "orig", error), "sqlite_errorname", "")
+    if name.startswith(DISK_ERRORS):
+        raise NoRoom(
+            f"The hub's disk does not take any more ({error}): nothing was changed. Free some "
+            "space, then try again."
+        ) from error
 
 
 @contextmanager

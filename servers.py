@@ -4,6 +4,7 @@ import math
 import threading
 import time
 
+import alerts
 import auth
 import cascade
 import reading
@@ -29,6 +30,7 @@ HEARTBEAT_S = 30.0
 OFFLINE_AFTER_S = 90.0
 LOST_AFTER_S = 900.0
 SLOTS_MOST = 10_000
+TROUBLE_MOST = 500  # characters
 
 
 def register(data: dict, address: str) -> dict:
@@ -341,7 +343,30 @@ def _came_online(server_id: str) -> None:
 
 
 def heartbeat(caller: Caller, system_info: dict | None) -> None:
+    """A sign of life with what the agent says of its machine; `trouble` in it is an alert."""
+    before = _life.info(caller.server_id)
     alive(caller.server_id, system_info)
+    if system_info is not None:
+        trouble = str(system_info.get("trouble") or "")[:TROUBLE_MOST]
+        if before is None or trouble != (before.get("trouble") or ""):
+            _note_trouble(caller, trouble)
+
+
+def _note_trouble(caller: Caller, trouble: str) -> None:
+    opened = one(
+        "SELECT * FROM alert WHERE kind = 'server' AND status = 'open' AND about = ?",
+        (caller.server_id,),
+    )
+    if not trouble and not opened:
+        return
+    with transaction() as tx:
+        if opened:
+            alerts.end(tx, opened)
+        if trouble:
+            server = one("SELECT * FROM server WHERE id = ?", (caller.server_id,))
+            sentence = f"Server {server['name']}: {trouble}."
+            about = {"server_id": server["id"], "about": server["id"]}
+            alerts.begin(tx, "server", server["project_id"], sentence, **about)
 
 
 def save_heartbeats() -> None:

@@ -447,7 +447,14 @@ def _serve(connection: Wire, caller: Caller, instance: str | None) -> None:
         connection.close(ENDS.get(type(refused), TRY_AGAIN), str(refused))
     finally:
         if link and links.drop(link) and not ws.stopping():
-            wire.disconnected(caller.server_id)
+            _disconnected(caller)
+
+
+def _disconnected(caller: Caller) -> None:
+    try:
+        wire.disconnected(caller.server_id)
+    except Refused as refused:  # its silence will be noticed
+        log.warning("%s: %s", caller.name, refused)
 
 
 def _exchange_next(connection: Wire, caller: Caller, link: SocketLink) -> None:

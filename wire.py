@@ -30,6 +30,7 @@ import tasks
 import terminals
 from auth import HUB, Caller
 from models import (
+    Conflict,
     Glimpse,
     NotFound,
     Refused,
@@ -678,13 +679,18 @@ def _moment(given, now: float) -> float:
 
 def _task_report(_tx, caller: Caller, frame: dict) -> None:
     """An implicit report says only how the worker's program ended: what the worker has said
-    itself before that stands."""
+    itself before that stands. One whose work was given to another meanwhile is heard, too late."""
     if frame.get("implicit") and one(
-        "SELECT 1 FROM attempt WHERE task_id = ? AND number = ?",
+        "SELECT 1 FROM attempt WHERE task_id = ? AND number = ? AND outcome <> 'release'",
         (frame["task_id"], int(frame["attempt"])),
     ):
         return
-    REPORTS[frame["outcome"]](caller, frame["task_id"], frame, int(frame["attempt"]))
+    try:
+        REPORTS[frame["outcome"]](caller, frame["task_id"], frame, int(frame["attempt"]))
+    except Conflict as refused:
+        if refused.code != "late":
+            raise
+        log.info("%s: %s", caller.name, refused)  # it is kept as an event
 
 
 def _report_started(caller: Caller, task_id: str, _frame: dict, attempt: int) -> None:

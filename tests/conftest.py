@@ -2,6 +2,7 @@
 
 db            the hub's database in a directory of its own (the app's, when `app` is asked for too)
 world         projects, servers and tasks by name, through the use cases of layer 2
+case          what a case of the catalogue of faults reports; `start_proxy` breaks connections
 told          the hub's bot, against a Bot API server of its own, and people who write to it
 app, client   the Flask application, and a client for its API
 served        the address of the application behind a listener, for sockets
@@ -61,6 +62,22 @@ hypothesis.settings.load_profile("orchestratia")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "hub(**settings): settings of the `hub` fixture's process")
+    config.addinivalue_line("markers", "fault(name): a case of the catalogue of faults")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of the fault cases that were run; into a file too when FAULTS_TABLE names one."""
+    lines = ["| case | seed | faults | lost | seconds | seen |", "|---|---|---|---|---|---|"]
+    for report in terminalreporter.stats.get("", ()):
+        for name, value in report.user_properties if report.when == "teardown" else ():
+            if name == "fault":
+                lines.append(f"| {' | '.join(map(str, json.loads(value)))} |")
+    if len(lines) > 2:
+        table = "\n".join([*lines[:2], *sorted(lines[2:])])
+        terminalreporter.write_sep("=", "faults")
+        terminalreporter.write_line(table)
+        if os.environ.get("FAULTS_TABLE"):
+            Path(os.environ["FAULTS_TABLE"]).write_text(table + "\n")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -95,6 +112,33 @@ def wait_until(condition, timeout: float = 20.0, every: float = 0.02):
 def due(now: float) -> int:
     """What the hub's job of that name does at `now`; how many tasks it touched."""
     return tasks.time_out(now) + leases.notice_unplaced(now) + tasks.due_again(now)
+
+
+@pytest.fixture
+def case(request, record_property):
+    """A case of the catalogue of faults, named by `@pytest.mark.fault`; reported at its end."""
+    from faulting import Case  # which needs this module
+
+    [name] = request.node.get_closest_marker("fault").args
+    made = Case(record_property, name)
+    yield made
+    made.report()
+
+
+@pytest.fixture
+def start_proxy():
+    """Start proxies between agents and hubs, which break connections; all are closed."""
+    from faulting import Proxy
+
+    made = []
+
+    def start(hub) -> Proxy:
+        made.append(Proxy(hub.settings["port"]))
+        return made[-1]
+
+    yield start
+    for proxy in made:
+        proxy.close()
 
 
 @pytest.fixture

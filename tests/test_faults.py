@@ -1,0 +1,602 @@
+"""The catalogue of faults with real parts: hubs, agents, tmux and the network between them die, and
+what must hold is read from what is left. The table of a run stands in docs/reliability.md."""
+
+import contextlib
+import os
+import resource
+import sqlite3
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import requests
+
+from conftest import wait_until
+from faulting import (
+    FAST,
+    LONG,
+    Graph,
+    N,
+    Told,
+    back,
+    check,
+    check_resources,
+    healthy,
+    kill_agent,
+    kill_hub,
+    reading,
+    resources,
+    stop_for,
+    through,
+)
+
+DYING = Path(__file__).with_name("dying_hub.py")
+pytestmark = pytest.mark.timeout(240 if not LONG else 7200)
+
+
+def fault(name: str):
+    return pytest.mark.fault(name)
+
+
+@pytest.fixture
+def graph(shop, tmp_path):
+    return Graph(shop, tmp_path)
+
+
+@pytest.fixture
+def two(shop, start_agent):
+    """Two agents that come back soon."""
+    agents = [start_agent(shop, name, slots=4) for name in ("one", "two")]
+    for agent in agents:
+        agent.stop()
+        through(agent, shop)
+        back(agent)
+    return agents
+
+
+def row(hub, task_id: str) -> dict:
+    return hub.api("GET", f"tasks/{task_id}")
+
+
+def types(hub, task_id: str) -> list[str]:
+    return [e["type"] for e in hub.api("GET", f"tasks/{task_id}/events")["events"]]
+
+
+def worker(hub, *command: str, **fields) -> str:
+    """Make a task that is given away at once; its id."""
+    made = {"title": "work", "command": list(command), "auto_assign": True} | fields
+    return hub.api("POST", "tasks", made)["id"]
+
+
+def by_hand(hub, **fields) -> str:
+    """Make a task and give it to the server "by hand", which has no agent; its id."""
+    task_id = hub.api("POST", "tasks", {"title": "t"} | fields)["id"]
+    hub.api("POST", f"tasks/{task_id}/assign", {"server": "by hand"})
+    return task_id
+
+
+@pytest.fixture
+def key(shop):
+    """The key of a server without an agent, whose reports are made here."""
+    found = shop.register("by hand", capabilities={"slots": 10_000})["api_key"]
+    assert shop.ask("POST", "servers/heartbeat", {}, key=found).ok
+    return found
+
+
+def running(hub, task_id: str) -> dict:
+    """The task once its worker runs."""
+    return wait_until(lambda: (t := row(hub, task_id))["status"] == "running" and t, 20)
+
+
+def until_status(hub, task_id: str, *statuses: str, timeout: float = 40) -> dict:
+    return wait_until(lambda: (t := row(hub, task_id))["status"] in statuses and t, timeout, 0.05)
+
+
+# ── killing ───────────────────────────────────────────────────────────────────────────────────
+
+
+@fault("F1 hub killed in mid-cascade")
+@pytest.mark.hub(**FAST)
+def test_f1_a_hub_killed_at_random_moments_loses_no_task(shop, two, graph, case):
+    before = resources(shop.process.pid)
+    told = Told(shop)
+    graph.make(layers=2 + N, width=4, dice=case.random)
+    for _ in range(N):
+        time.sleep(case.random.uniform(0, 0.6))
+        kill_hub(shop)
+        case.kills += 1
+    graph.wait()
+    healthy(shop)
+    check(shop, told.finish())
+    case.seen = f"{len(graph.ids)} tasks, {graph.check()} bodies twice"
+    check_resources(before, shop)
+
+
+@fault("F1 agents killed in mid-cascade")
+@pytest.mark.hub(**FAST)
+def test_f1_agents_killed_at_random_moments_lose_no_task(shop, two, graph, case):
+    graph.make(layers=2 + N, width=4, dice=case.random)
+    for _ in range(N):
+        time.sleep(case.random.uniform(0, 0.6))
+        kill_agent(case.random.choice(two))
+        case.kills += 1
+    graph.wait()
+    check(shop)
+    case.seen = f"{len(graph.ids)} tasks, {graph.check()} bodies twice"
+
+
+@pytest.mark.parametrize("place", ["announce", "ack", "report", "taken"])
+@fault("F2, F3 hub killed between commit, announcement and acknowledgement")
+def test_f2_f3_a_hub_that_dies_before_it_tells_tells_afterwards(
+    start_hub, start_agent, tmp_path, case, place
+):
+    hub = start_hub(script=DYING, **FAST)
+    hub.api("POST", "projects", {"name": "shop"})
+    agent = start_agent(hub, "one", slots=4)
+    agent.stop()
+    through(agent, hub)
+    back(agent)
+    told, graph = Told(hub), Graph(hub, tmp_path)
+    for _ in range(max(1, N // 4)):
+        (hub.data / "DIE").write_text(place)
+        with contextlib.suppress(requests.ConnectionError):
+            graph.make(layers=1, width=1)
+        wait_until(lambda: hub.process.poll() is not None, 20)
+        hub.kill()
+        hub.start()
+        case.kills += 1
+    with reading(hub) as db:
+        graph.ids = [task_id for (task_id,) in db.execute("SELECT id FROM task")]
+        sessions = db.execute("SELECT COUNT(DISTINCT task_id), COUNT(*) FROM session").fetchone()
+    graph.wait()
+    check(hub, told.finish())
+    assert sessions[0] == sessions[1], "a second session was started"
+    assert graph.check() == 0, "a body ran twice"
+    case.seen = f"{place}: {len(graph.ids)} tasks, 0 bodies twice"
+
+
+@fault("F6 agent and tmux killed")
+@pytest.mark.hub(**FAST)
+def test_f6_after_a_reboot_each_task_is_tried_again_or_asks_never_both(shop, two, case, tmp_path):
+    for _ in range(max(2, N // 5)):
+        ids = {
+            policy: worker(shop, "sleep", "1000", on_lost=policy, title=policy)
+            for policy in ("retry", "ask")
+        }
+        on = {
+            policy: running(shop, task_id)["assigned_server_name"]
+            for policy, task_id in ids.items()
+        }
+        for agent in two:
+            agent.kill()
+            agent.tmux("kill-server")
+        case.kills += 2
+        for agent in two:
+            agent.start()
+        retried = ids["retry"]
+        again = wait_until(lambda r=retried: (t := row(shop, r))["attempt"] == 2 and t, 20)
+        asked = row(shop, ids["ask"])
+        assert (asked["status"], asked["attempt"], asked["assigned_server_name"]) == (
+            "running",
+            1,
+            on["ask"],
+        )
+        alerts = wait_until(lambda: shop.api("GET", "alerts?status=open")["alerts"], 20)
+        assert [a["task_id"] for a in alerts if a["kind"] == "lost"] == [ids["ask"]]
+        assert again["id"] not in {a["task_id"] for a in alerts}
+        shop.api("POST", f"tasks/{ids['ask']}/retry")
+        assert row(shop, ids["ask"])["attempt"] == 2
+        for task_id in ids.values():
+            shop.api("DELETE", f"tasks/{task_id}")
+        wait_until(lambda: not shop.api("GET", "alerts?status=open")["alerts"], 10)
+    check(shop)
+    case.seen = "retried at once, or asked"
+
+
+# ── the network ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def behind(shop, start_agent, start_proxy):
+    """An agent behind a proxy: (agent, proxy)."""
+
+    def start(name: str, carrier: str = ""):
+        agent = start_agent(shop, name, slots=4)
+        agent.stop()
+        proxy = start_proxy(shop)
+        through(agent, shop, proxy, carrier)
+        return back(agent), proxy
+
+    return start
+
+
+def session_status(hub, task: dict) -> str:
+    return hub.api("GET", f"sessions/{task['session_id']}")["status"]
+
+
+@pytest.mark.parametrize("carrier", ["socket", "poll"])
+@fault("F7 short partition")
+@pytest.mark.hub(**FAST)
+def test_f7_a_short_partition_changes_nothing_of_a_task(shop, behind, case, carrier):
+    _, proxy = behind("one", carrier)
+    task = running(shop, worker(shop, "sleep", "1000"))
+    before = types(shop, task["id"])
+    for _ in range(max(2, N // 5)):
+        proxy.partition()
+        time.sleep(case.random.uniform(0.1, 1.0))
+        proxy.heal()
+        wait_until(lambda: session_status(shop, task) == "active", 20)
+        case.kills += 1
+    said = [t for t in types(shop, task["id"]) if t.startswith("task_")]
+    assert said == [t for t in before if t.startswith("task_")]
+    assert row(shop, task["id"])["attempt"] == 1
+    check(shop)
+    case.seen = f"{carrier}: attempt 1 all the time"
+
+
+@fault("F7, F11 long partition and a zombie's reports")
+@pytest.mark.hub(**FAST | {"lost_after_s": 1})
+def test_f7_f11_after_a_long_partition_the_work_is_elsewhere_and_the_zombie_changes_nothing(
+    shop, behind, start_agent, case, tmp_path
+):
+    agent, proxy = behind("one")
+    go, ran = tmp_path / "go", tmp_path / "ran"
+    script = f"echo x >> {ran}; while [ ! -e {go} ]; do sleep 0.05; done"
+    for _ in range(max(1, N // 10)):
+        ran.write_text("")
+        task = running(shop, worker(shop, "sh", "-c", script))
+        proxy.partition()
+        case.kills += 1
+        other = start_agent(shop, f"two-{case.kills}")
+        wait_until(lambda t=task: row(shop, t["id"])["attempt"] == 2, 30)
+        assert "session_disconnected" in types(shop, task["id"])
+        go.touch()  # both go on now; the first is cut off
+        done = until_status(shop, task["id"], "done")
+        assert (done["attempt"], done["assigned_server_name"]) == (2, other.name)
+        proxy.heal()
+        wait_until(lambda t=task: "late_report" in types(shop, t["id"]), 30)
+        wait_until(lambda t=task: session_status(shop, t) == "closed", 20)
+        final = row(shop, task["id"])
+        assert (final["status"], final["attempt"]) == ("done", 2)
+        assert types(shop, task["id"]).count("task_completed") == 1
+        assert ran.read_text().split() == ["x", "x"]
+        go.unlink()
+        other.stop()
+    check(shop)
+    case.seen = "late report kept, attempt 2 stands"
+
+
+@fault("F8 the answer to a completion is lost")
+@pytest.mark.hub(**FAST)
+def test_f8_a_completion_whose_answer_is_lost_is_told_again_and_counts_once(
+    shop, key, start_proxy, case
+):
+    proxy = start_proxy(shop)
+    for n in range(N):
+        task_id = by_hand(shop)
+        after = shop.api("POST", "tasks", {"title": "a", "dependency_ids": [task_id]})["id"]
+        shop.api("POST", f"tasks/{task_id}/start", {}, key=key)
+        proxy.lose_answer = b"/complete"
+        url, body = f"{proxy.url}/api/v1/tasks/{task_id}/complete", {"result": {"n": n}}
+        headers = {"X-API-Key": key}
+        with pytest.raises(requests.ConnectionError):
+            requests.post(url, json=body, headers=headers, timeout=10)
+        again = requests.post(url, json=body, headers=headers, timeout=10)
+        assert (again.status_code, again.json()["status"]) == (200, "done")
+        said = types(shop, task_id)
+        assert said.count("task_completed") == 1 and "late_report" not in said
+        assert types(shop, after).count("task_unblocked") == 1
+        case.kills += 1
+    assert proxy.cuts == N
+    check(shop)
+    case.seen = "each told twice, counted once"
+
+
+@fault("F8 requests that arrive twice")
+@pytest.mark.hub(**FAST)
+def test_f8_calls_of_an_agent_that_arrive_twice_have_one_effect(shop, behind, tmp_path, case):
+    _, proxy = behind("one", "poll")
+    proxy.twice = b"/server/poll"
+    graph = Graph(shop, tmp_path)
+    graph.make(layers=3 + N // 10, width=3, dice=case.random)
+    graph.wait()
+    check(shop)
+    assert graph.check() == 0
+    assert proxy.repeated > 10
+    case.kills, case.seen = proxy.repeated, "0 bodies twice"
+
+
+@pytest.mark.parametrize("carrier", ["socket", "poll"])
+@fault("F9 one-way partition")
+@pytest.mark.hub(**FAST)
+def test_f9_an_agent_that_is_not_heard_is_offline_and_its_commands_wait(
+    shop, behind, case, carrier
+):
+    agent, proxy = behind("one", carrier)
+    proxy.hold_up = True  # what the hub says still arrives
+    wait_until(lambda: not agent.is_online(), 20)
+    task_id = worker(shop, "true")
+    assert row(shop, task_id)["status"] == "pending"
+    refused = shop.ask("POST", "sessions", {"server_id": "one", "name": "s"})
+    assert refused.status_code in (201, 409)
+    if refused.ok:
+        assert refused.json()["status"] == "starting"
+        typed = shop.ask("POST", f"sessions/{refused.json()['id']}/input", {"text": "x"})
+        assert typed.status_code == 409 and "nothing was typed" in typed.json()["detail"]
+    proxy.heal()
+    case.kills += 1
+    assert until_status(shop, task_id, "done")["attempt"] == 1
+    check(shop)
+    case.seen = f"{carrier}: offline, nothing delivered, then done"
+
+
+@fault("delays of up to 0.3 s on each piece")
+@pytest.mark.hub(**FAST)
+def test_a_slow_network_only_takes_longer(shop, behind, tmp_path, case):
+    _, proxy = behind("one")
+    proxy.delay_s = 0.15
+    graph = Graph(shop, tmp_path)
+    graph.make(layers=3, width=2, dice=case.random)
+    graph.wait()
+    check(shop)
+    assert graph.check() == 0
+    case.seen = "6 tasks, 0 bodies twice"
+
+
+# ── reports ───────────────────────────────────────────────────────────────────────────────────
+
+
+@fault("F10 fifty equal completions at once")
+@pytest.mark.hub(**FAST)
+def test_f10_fifty_equal_completions_at_once_are_one(shop, key, case):
+    for _ in range(max(1, N // 10)):
+        task_id = by_hand(shop)
+        after = shop.api(
+            "POST", "tasks", {"title": "a", "dependency_ids": [task_id], "auto_assign": True}
+        )["id"]
+
+        def post(_, task_id=task_id):
+            url = f"{shop.url}/api/v1/tasks/{task_id}/complete"
+            headers = {"X-API-Key": key}
+            body = {"result": {"same": True}, "attempt": 1}
+            return requests.post(url, json=body, headers=headers, timeout=30).status_code
+
+        with ThreadPoolExecutor(50) as pool:
+            codes = list(pool.map(post, range(50)))
+        assert set(codes) == {200}
+        assert types(shop, task_id).count("task_completed") == 1
+        assert types(shop, after).count("task_auto_assigned") == 1
+        case.kills += 50
+    check(shop)
+    case.seen = "one transition each"
+
+
+@fault("F12 done and failed at once")
+@pytest.mark.hub(**FAST)
+def test_f12_of_two_ends_at_once_the_first_stands_and_the_other_is_kept(shop, key, case):
+    ends = {"complete": {"result": 1}, "fail": {"error": "no"}}
+    won = []
+    for _ in range(N):
+        task_id = by_hand(shop)
+        gate = threading.Barrier(2)
+
+        def post(end, task_id=task_id, gate=gate):
+            gate.wait()
+            url = f"{shop.url}/api/v1/tasks/{task_id}/{end}"
+            headers = {"X-API-Key": key}
+            return requests.post(url, json=ends[end] | {"attempt": 1}, headers=headers, timeout=30)
+
+        with ThreadPoolExecutor(2) as pool:
+            answers = dict(zip(ends, pool.map(post, ends), strict=True))
+        assert sorted(a.status_code for a in answers.values()) == [200, 409]
+        said = types(shop, task_id)
+        assert said.count("task_completed") + said.count("task_failed") == 1
+        assert said.count("late_report") == 1
+        won += [end for end, answer in answers.items() if answer.ok]
+        case.kills += 1
+    check(shop)
+    case.seen = f"complete won {won.count('complete')}, fail {won.count('fail')}"
+
+
+# ── clocks and pauses ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("by", [3600, -3600])
+@fault("F15 the hub's wall clock jumps")
+def test_f15_a_clock_that_jumps_loses_nobody(start_hub, start_agent, tmp_path, case, by):
+    hub = start_hub(script=DYING, **FAST)
+    hub.api("POST", "projects", {"name": "shop"})
+    agent = start_agent(hub, "one")
+    task = running(hub, worker(hub, "sleep", "1000", timeout=600))
+    waiting = worker(hub, "true", requirements={"repo": "nowhere"}, queue_timeout=600)
+    (hub.data / "CLOCK").write_text(str(by))
+    graph = Graph(hub, tmp_path)
+    graph.make(layers=2, width=2)
+    graph.wait()
+    time.sleep(FAST["tick_s"] * 5)
+    events = hub.api("GET", "events?limit=1000")["events"]
+    said = {e["type"] for e in events}
+    assert "clock_set" in said
+    assert not said & {"server_offline", "session_lost", "task_failed", "task_released"}
+    assert agent.is_online() and row(hub, task["id"])["attempt"] == 1
+    assert hub.api("GET", "alerts?status=open")["alerts"] == []
+    assert row(hub, waiting)["status"] == "pending"
+    check(hub)
+    case.kills, case.seen = 1, f"{by:+} s: nobody lost, nothing timed out"
+
+
+@fault("F16 hub stopped and continued")
+@pytest.mark.hub(**FAST | {"lost_after_s": 1})
+def test_f16_a_hub_that_was_stopped_blames_nobody(shop, two, graph, case):
+    task = running(shop, worker(shop, "sleep", "1000", start_timeout=2))
+    for _ in range(max(1, N // 10)):
+        graph.make(layers=2, width=2, start_timeout=2)
+        stop_for(shop.process.pid, 4.5)
+        case.kills += 1
+        healthy(shop)
+        graph.wait()
+    said = {e["type"] for e in shop.api("GET", "events?limit=1000")["events"]}
+    assert not said & {"server_offline", "session_lost", "task_failed", "task_released"}
+    assert row(shop, task["id"])["attempt"] == 1
+    check(shop)
+    assert graph.check() == 0
+    case.seen = "no mass loss"
+
+
+@fault("F16 agents stopped and continued")
+@pytest.mark.hub(**FAST)
+def test_f16_agents_that_were_stopped_go_on(shop, two, graph, case):
+    graph.make(layers=3, width=4, dice=case.random)
+    for agent in two * max(1, N // 10):
+        stop_for(agent.process.pid, 1.5)
+        case.kills += 1
+    graph.wait()
+    check(shop)
+    case.seen = f"{graph.check()} bodies twice"
+
+
+# ── disks and locks ───────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def full_disk(pid: int, folder: Path):
+    """Nothing that the process writes may make a file longer than its longest is."""
+    longest = max(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    before = resource.prlimit(pid, resource.RLIMIT_FSIZE, (min(longest, 4096), -1))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+
+@fault("F17 the hub cannot write")
+@pytest.mark.hub(**FAST)
+def test_f17_a_hub_whose_disk_is_full_refuses_and_goes_on_when_there_is_room(
+    shop, two, graph, case
+):
+    graph.make(layers=3, width=4, work_s=0.2)
+    taken = list(graph.ids)
+    for _ in range(max(1, N // 10)):
+        with full_disk(shop.process.pid, shop.data):
+            refused = 0
+            until = time.monotonic() + 2
+            while time.monotonic() < until:
+                answer = shop.ask("POST", "tasks", {"title": "t"})
+                if answer.ok:
+                    taken.append(answer.json()["id"])
+                else:
+                    assert answer.status_code in (503, 507), answer.text
+                    assert "disk" in answer.json()["detail"]
+                    refused += 1
+                assert shop.ask("GET", "tasks").ok
+            assert refused
+            healthy(shop)
+        case.kills += 1
+    graph.wait()
+    healthy(shop)
+    assert shop.api("POST", "tasks", {"title": "again"})
+    for task_id in taken:
+        assert row(shop, task_id)["id"] == task_id
+    check(shop)
+    case.seen = f"refused {refused} times in the last 2 s, all accepted kept"
+
+
+@fault("F18 an agent cannot write")
+@pytest.mark.hub(**FAST)
+def test_f18_an_agent_whose_disk_is_full_finishes_nothing_it_cannot_say(shop, two, tmp_path, case):
+    agent = two[0]
+    two[1].stop()
+    wait_until(lambda: not two[1].is_online(), 20)
+    graph = Graph(shop, tmp_path)
+    with full_disk(agent.process.pid, agent.folder):
+        graph.make(layers=2, width=2)
+        [alert] = wait_until(lambda: shop.api("GET", "alerts?status=open")["alerts"], 20)
+        assert alert["kind"] == "server"
+        assert alert["sentence"].startswith("Server one: its agent cannot write to ")
+        healthy(shop)
+        with reading(shop) as db:
+            done = db.execute("SELECT COUNT(*) FROM task WHERE status = 'done'").fetchone()[0]
+        ran = len(graph.bodies())
+        assert done <= ran
+    case.kills += 1
+    graph.wait()
+    wait_until(lambda: not shop.api("GET", "alerts?status=open")["alerts"], 20)
+    check(shop)
+    case.seen = f"{graph.check()} bodies twice"
+
+
+@fault("F19 the database is held by another writer")
+@pytest.mark.hub(**FAST | {"lock_patience_s": 0.3})
+def test_f19_a_database_held_by_another_is_refused_in_words_and_reads_go_on(shop, two, graph, case):
+    graph.make(layers=3, width=4)
+    other = sqlite3.connect(shop.data / "hub.db", timeout=10, isolation_level=None)
+    for _ in range(max(1, N // 10)):
+        other.execute("BEGIN IMMEDIATE")
+        held = time.monotonic()
+        before = resources(shop.process.pid)
+        codes = set()
+        with ThreadPoolExecutor(8) as pool:
+            while time.monotonic() - held < 2:
+                tried = pool.map(lambda _: shop.ask("POST", "tasks", {"title": "t"}), range(8))
+                codes |= {answer.status_code for answer in tried}
+                began = time.monotonic()
+                assert shop.ask("GET", "tasks?limit=5").ok
+                assert time.monotonic() - began < 2
+        assert codes == {503}
+        assert resources(shop.process.pid)["threads"] <= before["threads"] + 5
+        other.execute("COMMIT")
+        case.kills += 1
+        healthy(shop)
+    other.close()
+    graph.wait()
+    check(shop)
+    case.seen = "503 meanwhile, reads went on"
+
+
+# ── load ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@fault("F29 completions at a steady pace")
+@pytest.mark.hub(**FAST)
+def test_f29_the_log_of_the_database_stays_small_under_steady_work(shop, key, case):
+    count = 20 * N
+    items = [{"id": "0", "title": "0", "auto_assign": True}] + [
+        {"id": str(n), "title": str(n), "depends_on": [str(n - 1)], "auto_assign": True}
+        for n in range(1, count)
+    ]
+    ids = shop.api("POST", "pipelines", {"name": "chain", "tasks": items})["id_map"]
+    slowest = 0.0
+    for n in range(count):
+        began = time.monotonic()
+        shop.api("POST", f"tasks/{ids[str(n)]}/complete", {"result": n}, key=key)
+        slowest = max(slowest, time.monotonic() - began)
+    wal = (shop.data / "hub.db-wal").stat().st_size
+    assert wal < 8000 * 4096 * 1.5, "the write-ahead log is not copied home"
+    check(shop)
+    case.seen = f"{count} in a row, slowest {slowest * 1000:.0f} ms, WAL {wal / 1e6:.1f} MB"
+
+
+@fault("F32 agents reconnect all at once")
+@pytest.mark.hub(**FAST)
+def test_f32_after_a_restart_everybody_is_back_soon(shop, two, case):
+    """Real agents beside those of the benchmark: see benchmarks/sockets.py for a thousand."""
+    for _ in range(max(1, N // 5)):
+        kill_hub(shop)
+        began = time.monotonic()
+        wait_until(lambda: all(_connected(shop, agent) for agent in two), 30)
+        case.kills += 1
+        case.seen = f"back after {time.monotonic() - began:.1f} s"
+    said = {e["type"] for e in shop.api("GET", "events?limit=1000")["events"]}
+    assert "server_offline" not in said
+    check(shop)
+
+
+def _connected(hub, agent) -> bool:
+    """A session can be opened and typed into."""
+    made = hub.api("POST", "sessions", {"server_id": agent.name, "name": f"s{os.urandom(3).hex()}"})
+    with contextlib.suppress(BaseException):
+        wait_until(lambda: hub.api("GET", f"sessions/{made['id']}")["status"] == "active", 2)
+        return True
+    return False
