@@ -741,6 +741,11 @@ class AgentProcess:
         )
 
     def start(self) -> "AgentProcess":
+        self.spawn()
+        wait_until(self.is_online, 20)
+        return self
+
+    def spawn(self) -> None:
         self.log = (self.folder / "out.log").open("ab")
         self.process = subprocess.Popen(
             self.argv,
@@ -750,8 +755,6 @@ class AgentProcess:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        wait_until(self.is_online, 20)
-        return self
 
     def is_online(self) -> bool:
         return self.hub.api("GET", f"servers/{self.name}")["status"] == "online"
