@@ -29,6 +29,7 @@ import bisect
 import collections
 import contextlib
 import dataclasses
+import email.utils
 import fcntl
 import functools
 import hashlib
@@ -363,6 +364,12 @@ def memory_info():
         "memory_used_gb": round(used / KB / KB, 1),
         "memory_percent": round(100 * used / total, 1),
     }
+
+
+def free_mb(path):
+    """What a user may still write on the disk of a path, in megabytes."""
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize // 10**6
 
 
 def system_info():
@@ -5356,12 +5363,26 @@ class Heartbeat:
         self.line = line
 
     def step(self):
-        vital = {"system_info": {**system_info(), "trouble": self.agent.store.trouble}}
+        vital = {"system_info": {**system_info(), **self._own()}}
         if self.line.socket:
             self.agent.outgoing.say({"type": "heartbeat", **vital})
         else:
             self._post(vital)
         self.agent.stop.wait(self.agent.heartbeat_s)
+
+    def _own(self):
+        """What else the hub should know: the clock here, room on the disk, what goes wrong."""
+        store = self.agent.store
+        return {
+            "time": time.time(),
+            "state_free_mb": free_mb(store.path.parent),
+            "tmux": self._tmux,
+            "trouble": store.trouble,
+        }
+
+    @functools.cached_property
+    def _tmux(self):
+        return self.agent.sessions.terminals[self.agent.sessions.kind].version()
 
     def _post(self, vital):
         try:
@@ -5389,6 +5410,164 @@ class Loop(threading.Thread):
             except Exception:
                 log.exception("%s failed", self.name)
                 self.stop.wait(1)
+
+
+# ---------------------------------------------------------------------------- doctor
+
+
+class Doctor:
+    """Looks at what an agent needs, and says what to do where it is missing. Changes nothing."""
+
+    SKEW_S, LITTLE_MB, NONE_MB, TMUX = 30, 1000, 100, (3, 0)
+
+    def __init__(self, config_path, config, state_dir):
+        self.config_path, self.config, self.state = config_path, config, state_dir
+        self.found = []
+
+    def say(self, check, state, says, do=""):
+        self.found.append({"check": check, "state": state, "says": says, "do": do})
+
+    def examine(self):
+        for look in (self._config, self._state, self._disk, self._tmux, self._running):
+            look()
+        if self.config.get("hub_url"):
+            for look in (self._hub, self._socket):
+                look()
+        return self.found
+
+    def _config(self):
+        if not self.config.get("api_key"):
+            again = "Make a token on the hub and run: agent.py --register TOKEN"
+            return self.say("config", "bad", f"{self.config_path} holds no key.", again)
+        self._private("config", self.config_path)
+
+    def _private(self, check, path):
+        mode = path.stat().st_mode & 0o777
+        if mode & 0o077:
+            do = f"chmod go= {path}"
+            return self.say(check, "bad", f"{path} may be read by others ({mode:o}).", do)
+        self.say(check, "ok", f"{path} is readable by its owner alone.")
+
+    def _state(self):
+        path = self.state / "state.db"
+        if not path.exists():
+            return self.say("state", "ok", f"{self.state} is empty: no agent has run here yet.")
+        self._private("state", self.state)
+        try:
+            with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+                said = db.execute("PRAGMA quick_check").fetchone()[0]
+                waiting = db.execute("SELECT COUNT(*) FROM spool").fetchone()[0]
+                meta = dict(db.execute("SELECT key, value FROM meta"))
+        except sqlite3.DatabaseError as error:
+            said, waiting, meta = str(error), 0, {}
+        if said != "ok":
+            do = "Move it away and start the agent again: sessions in tmux go on."
+            return self.say("database", "bad", f"{path}: {said}", do)
+        self.say("database", "ok", f"{path} is whole; {waiting} reports wait for the hub.")
+        installed = json.loads(meta.get("installed") or "{}")
+        named = ", ".join(f"{name} {version}" for name, version in sorted(installed.items()))
+        self.say("coding agents", "ok", f"Found when last looked for: {named or 'none'}.")
+
+    def _disk(self):
+        place = self.state if self.state.exists() else self.state.parent
+        while not place.exists():
+            place = place.parent
+        left = free_mb(place)
+        state = "bad" if left < self.NONE_MB else "warn" if left < self.LITTLE_MB else "ok"
+        do = "Free some space: without it nothing can be recorded." if state != "ok" else ""
+        self.say("disk", state, f"{left:,} MB are free where {self.state} is.", do)
+
+    def _tmux(self):
+        try:
+            version = Tmux("doctor", None).version()
+        except (AgentError, OSError):
+            do = "Install tmux: without it sessions end with the agent."
+            return self.say("tmux", "warn", "tmux is not installed.", do)
+        number = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+        if number < self.TMUX:
+            return self.say("tmux", "warn", f"tmux {version} is old.", "Use tmux 3.0 or newer.")
+        self.say("tmux", "ok", f"tmux {version}.")
+
+    def _running(self):
+        lock = self.state / "agent.lock"
+        held = False
+        if lock.exists():
+            with open(lock) as file:
+                held = is_held(file)
+        if held:
+            return self.say("agent", "ok", f"An agent runs with {self.state}.")
+        self.say("agent", "warn", f"No agent runs with {self.state}.", "Start it: python agent.py")
+
+    def _hub(self):
+        import requests
+
+        url = self.config["hub_url"].rstrip("/")
+        began = time.time()
+        try:
+            answer = requests.get(f"{url}/api/v1/health", timeout=10, allow_redirects=False)
+        except requests.exceptions.SSLError as error:
+            do = "Check the hub's certificate and this machine's clock and certificates."
+            return self.say("TLS", "bad", f"{url}: {printable(error, 200)}", do)
+        except requests.RequestException as error:
+            do = "Check that the hub runs and that this machine may connect to it."
+            return self.say("hub", "bad", f"{url}: {printable(error, 200)}", do)
+        if answer.status_code != 200:
+            do = "Check hub_url: a redirect or a login page of a proxy is not followed."
+            return self.say("hub", "bad", f"{url} answers {answer.status_code}.", do)
+        version = answer.json().get("version")
+        do = "" if version == VERSION else "Upgrade with the hub's install.sh."
+        says = f"{url} has {version}, this agent {VERSION}."
+        self.say("hub", "warn" if do else "ok", says, do)
+        self._plain(url)
+        self._skew(answer.headers.get("Date"), began)
+
+    def _plain(self, url):
+        host = urlsplit(url).hostname
+        if url.startswith("https:") or host in ("localhost", "127.0.0.1", "::1"):
+            return self.say("TLS", "ok", f"The way to {url} is private.")
+        do = "Put a proxy with TLS in front of the hub and register with its https address."
+        self.say("TLS", "bad", f"Keys and terminals travel to {url} for anybody to read.", do)
+
+    def _skew(self, date, began):
+        with contextlib.suppress(TypeError, ValueError):
+            there = email.utils.parsedate_to_datetime(date).timestamp()
+            skew = round((began + time.time()) / 2 - there)
+            fine = abs(skew) <= self.SKEW_S
+            do = "" if fine else "Set this clock or the hub's: use NTP on both."
+            self.say("clock", "ok" if fine else "warn", f"{skew:+d} s beside the hub's.", do)
+
+    def _socket(self):
+        """Whether an upgrade gets through: the hub turns the key's absence away in words."""
+        try:
+            from websockets.sync.client import connect
+        except ImportError:
+            do = "pip install websockets: until then the agent polls."
+            return self.say("WebSocket", "warn", "The package websockets is missing.", do)
+        url = f"ws{self.config['hub_url'].rstrip('/').removeprefix('http')}/ws/server"
+        try:
+            with connect(url, open_timeout=10, close_timeout=1) as line:
+                line.send(json.dumps({"type": "auth", "api_key": "", "protocol": 2}))
+                said = json.loads(line.recv(10))
+            fine = said.get("type") == "auth_error"
+        except Exception as error:
+            do = "Have the proxy pass on Upgrade and Connection. Until then the agent polls."
+            return self.say("WebSocket", "warn", f"{url}: {printable(error, 200)}", do)
+        self.say("WebSocket", "ok" if fine else "warn", f"{url} is reached.")
+
+
+def doctor(args):
+    """Print what the doctor found; 1 if something keeps the agent from its work."""
+    path = config_path_of(args)
+    config = load_config(path)
+    found = Doctor(path, config, state_dir_of(args, config)).examine()
+    if args.json:
+        print(json.dumps(found))
+    else:
+        for one in found:
+            print(f"{one['state']:<5}{one['check']:<15}{one['says']}")
+            if one["do"]:
+                print(f"{'':20}→ {one['do']}")
+    return 1 if any(one["state"] == "bad" for one in found) else 0
 
 
 # ---------------------------------------------------------------------------- commands
@@ -5596,6 +5775,8 @@ def parse_arguments(argv):
     add("--capability", action="append", help="with --register; may be given again")
     add("--slots", type=int, help="with --register: tasks at once (default: processors + 2)")
     add("--stop", action="store_true", help="end the agent that is running; its sessions go on")
+    add("--doctor", action="store_true", help="check what an agent needs, and say what to do")
+    add("--json", action="store_true", help="with --doctor: for programs")
     add("--quiet", action="store_true", help="log to the state directory only")
     add("-v", "--verbose", action="store_true", help="log more")
     add("--exec-session", metavar="FILE", help=argparse.SUPPRESS)
@@ -5612,6 +5793,8 @@ def main(argv=None):
     try:
         if args.stop:
             return stop_running(args)
+        if args.doctor:
+            return doctor(args)
         return register(args) if args.register is not None else run(args)
     except AgentError as error:
         print(f"agent.py: {error}", file=sys.stderr)

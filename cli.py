@@ -34,6 +34,7 @@ import webbrowser
 from collections.abc import Callable
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +64,7 @@ VERSION = "1.0.0"
 PROGRAM = "orchestratia"
 CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 30
+FILE_TIMEOUT_S = 600  # until a file is made ready, or taken
 BEAT_TIMEOUT_S = 45  # three of the hub's beats of 15 s
 GIVE_UP_S = 120  # how long a watcher looks for a hub that has gone
 GET_ATTEMPTS = 3
@@ -77,6 +79,8 @@ SOCKET_PING_S = 10  # a connection that says nothing for twice as long is dead
 SOCKET_MESSAGE_MOST = 2**25  # 32 MB: a long scrollback comes in one message
 LOST_THE_HUB = "Lost the hub; trying to reach it again…"
 WIDE = 100_000  # columns of a "terminal" that never wraps
+SKEW_S = 30  # a clock that is further off confuses people
+FILE_PATIENCE = (CONNECT_TIMEOUT_S, FILE_TIMEOUT_S)
 EXIT_REFUSED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_TIMEOUT, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 ENDED = {"done", "failed", "cancelled"}
@@ -656,14 +660,27 @@ class Hub:
         timeout = (CONNECT_TIMEOUT_S, BEAT_TIMEOUT_S)
         return self._send("GET", path, headers=headers, stream=True, timeout=timeout)
 
-    def download(self, path, file):
+    def download(self, path, file, method="GET"):
         """Writes the body of an answer to a binary file, as it comes."""
         try:
-            with self._send("GET", path, stream=True) as answer:
+            with self._send(method, path, stream=True, timeout=FILE_PATIENCE) as answer:
                 for block in answer.iter_content(65536):
                     file.write(block)
         except requests.exceptions.RequestException as error:
-            raise self._unreachable(error, "GET") from None
+            raise self._unreachable(error, method) from None
+
+    def upload(self, path, file):
+        """Sends a binary file as it is."""
+        headers = {"Content-Type": "application/octet-stream"}
+        answer = self._try(
+            "POST",
+            f"{self.url}/api/v1/{path}",
+            data=file,
+            headers=headers,
+            allow_redirects=False,
+            timeout=FILE_PATIENCE,
+        )
+        return self._json(self._checked(answer))
 
     def socket(self, path):
         """A WebSocket to the hub."""
@@ -2318,6 +2335,121 @@ def project_use(app, name, forget):
 
 
 @cli.group()
+def hub():
+    """The hub itself: backups of it while it runs, and beginning anew from one."""
+
+
+@hub.command("backup", example="orchestratia hub backup hub-2026-11-23.tar")
+@click.argument("file")
+@pass_app
+def hub_backup(app, file):
+    """Save everything the hub has, as it is now. The file holds its secrets: keep it safe."""
+    save(app, "hub/backup", file, "POST")
+
+
+@hub.command("restore", example="orchestratia hub restore hub-2026-11-23.tar --yes")
+@click.argument("file")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@pass_app
+def hub_restore(app, file, yes):
+    """Have the hub begin anew from a backup.
+
+    What it has now is kept beside it. Everybody signs in anew, and no server takes new work until
+    `server resume`: docs/operations.md says what else to expect.
+    """
+    app.confirm(f"Put {file} in the place of everything the hub at {app.hub.url} has?", yes)
+    try:
+        with open(file, "rb") as archive:
+            made = app.hub.upload("hub/restore", archive)
+    except OSError as error:
+        raise Problem(f"Cannot read {file}: {error.strerror or error}.", "local") from None
+    app.did(f"The hub begins anew from the backup of {made.get('made_at')}. Sign in again.", made)
+
+
+STATE_MARKS = {"ok": ("●", "green"), "warn": ("▲", "yellow"), "bad": ("✗", "red")}
+
+
+def findings_view(screen, found):
+    """Each finding with what to do about it, what is wrong last, where one looks first."""
+    parts = []
+    for one in sorted(found, key=lambda one: list(STATE_MARKS).index(one["state"])):
+        mark, colour = STATE_MARKS[one["state"]]
+        line = Text(f"{mark if screen.fancy else one['state']:<5}", colour)
+        line.append(f"{one_line(one['where'])} {one_line(one['check'])}: ", "bold")
+        line.append(one_line(one["says"]))
+        parts.append(line)
+        if one["do"]:
+            parts.append(Text(f"     → {one_line(one['do'])}", "dim"))
+    return Stack(*parts)
+
+
+def of_this_machine(app):
+    """What the command line itself sees: the way to the hub, its clock, its version."""
+    found, began = [], time.time()
+
+    def say(check, state, says, do=""):
+        found.append({"check": check, "state": state, "says": says, "do": do})
+
+    answer = app.hub._send("GET", "health")
+    theirs = answer.json().get("version")
+    say("hub", "ok", f"{app.hub.url} answers; it has {theirs}, this command line {VERSION}.")
+    with suppress(TypeError, ValueError):
+        there = parsedate_to_datetime(answer.headers.get("Date")).timestamp()
+        skew = round((began + time.time()) / 2 - there)
+        fine = abs(skew) <= SKEW_S
+        says, do = f"{skew:+d} s beside the hub's.", "" if fine else "Use NTP on both machines."
+        say("clock", "ok" if fine else "warn", says, do)
+    if not app.hub.url.startswith("https") and not is_loopback(urlsplit(app.hub.url).hostname):
+        do = "Put a proxy with TLS in front of the hub and sign in by its https address."
+        say("TLS", "bad", f"Your key travels to {app.hub.url} for anybody to read.", do)
+    try:
+        app.hub.socket("ws/dashboard").close()
+        say("WebSocket", "ok", "Upgrades get through.")
+    except Problem as problem:
+        do = "Have the proxy pass on Upgrade and Connection; until then agents poll."
+        say("WebSocket", "warn", str(problem), do)
+    path = config_path()
+    if path.exists() and path.stat().st_mode & 0o077:
+        say("permissions", "bad", f"{path} may be read by others.", f"chmod go= {path}")
+    return found
+
+
+def of_the_agent_here():
+    """What the agent beside this file finds, where one is registered."""
+    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "agent.py")
+    config = os.path.expanduser("~/.config/orchestratia/config.yaml")
+    if not (os.path.exists(program) and os.path.exists(config)):
+        return []
+    done = subprocess.run(
+        [sys.executable, program, "--doctor", "--json"], capture_output=True, text=True, timeout=90
+    )
+    with suppress(ValueError):
+        return json.loads(done.stdout)
+    says = one_line(done.stderr.strip()) or "it said nothing"
+    return [{"check": "agent", "state": "bad", "says": says, "do": "Run agent.py --doctor."}]
+
+
+@cli.command("doctor", example="orchestratia doctor")
+@pass_app
+def doctor(app):
+    """Check the hub, the way to it and the agent here, and say what to do.
+
+    What the hub finds is for its admins. Ends with 1 when something is broken.
+    """
+    found = [{"where": "here", **one} for one in of_this_machine(app)]
+    found += [{"where": "agent", **one} for one in of_the_agent_here()]
+    try:
+        found += [{"where": "hub", **one} for one in app.hub.get("hub/doctor")["findings"]]
+    except Problem as problem:
+        if problem.code != "forbidden":
+            raise
+        app.say("What the hub finds is shown to its admins only.")
+    app.show(found, findings_view)
+    if any(one["state"] == "bad" for one in found):
+        raise SystemExit(EXIT_REFUSED)
+
+
+@cli.group()
 def server():
     """Servers: machines that run sessions."""
 
@@ -2831,10 +2963,15 @@ def session_recording(app, name, output):
     path = session_path(app, name, "recording")
     if output == "-":
         return app.hub.download(path, sys.stdout.buffer)
+    save(app, path, output)
+
+
+def save(app, path, output, method="GET"):
+    """Writes what the hub answers to a file for the owner alone, whole or not at all."""
     scratch = f"{output}.part"
     try:
-        with open(scratch, "wb") as file:
-            app.hub.download(path, file)
+        with open(scratch, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            app.hub.download(path, file, method)
         os.replace(scratch, output)
     except OSError as error:
         raise Problem(f"Cannot write {output}: {error.strerror or error}.", "local") from None

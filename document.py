@@ -37,6 +37,18 @@ class Health(Answer):
     version: str
 
 
+class Finding(Answer):
+    check: str
+    state: Literal["ok", "warn", "bad"]
+    says: str
+    do: str
+
+
+class Restoring(Answer):
+    made_at: str
+    version: str
+
+
 class Membership(Answer):
     id: str
     name: str
@@ -568,9 +580,11 @@ SAID = {
     422: "A field is wrong; `fields` says which.",
     429: "Too many tries; `Retry-After` says how long to wait.",
     503: "The hub is busy; nothing was changed, try again.",
+    507: "The hub's disk is full or fails; nothing was changed.",
 }
 OPEN = {"/api/v1/health"}  # for everybody
 TRIES = {"/api/v1/auth/login"}  # counted
+FILES = {"/api/v1/hub/restore"}  # take a file as the body
 
 
 def _refusals(path: str, method: str, operation: dict) -> set[int]:
@@ -585,7 +599,9 @@ def _refusals(path: str, method: str, operation: dict) -> set[int]:
     if method != "get" or takes:  # a prefix may mean several
         found |= {409}
     if method != "get":
-        found |= {503}
+        found |= {503, 507}
+    if path in FILES:
+        found |= {422}
     return found | ({429} if path in TRIES else set())
 
 

@@ -8,9 +8,11 @@ if __name__ == "__main__":
     monkey.patch_all()
 
 import argparse
+import contextlib
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -25,8 +27,10 @@ from apscheduler.events import EVENT_JOB_ERROR
 from apscheduler.schedulers.background import BackgroundScheduler
 
 import api
+import api_hub
 import api_permissions
 import auth
+import backup
 import chats
 import document
 import inbox
@@ -61,7 +65,7 @@ import ws
 log = logging.getLogger("orchestratia.hub")
 HERE = Path(__file__).parent
 # Importing them adds their views to the one blueprint of the pages, or of the API.
-API = (api_permissions,)
+API = (api_permissions, api_hub)
 PAGES = (
     pages_permissions,
     pages_tasks,
@@ -111,6 +115,7 @@ KINDS = {str: "text", int: "a whole number", float: "a number"}
 
 # How long requests under way may take when the hub stops; idle connections would keep it for ever.
 STOPPING_S = 0.5
+RESTART_S = 0.5  # from the answer that says so to the restart
 READ_BYTES = 1024  # of a request, read at a time; every connection holds a buffer of this size
 
 
@@ -179,7 +184,10 @@ def open_data(settings: dict) -> None:
     """Open the data directory and make the modules that keep something keep it there."""
     data = Path(settings["data"])
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if kept := backup.put_in_place(data):
+        log.warning("restored from a backup; what was there before is in %s", kept)
     models.open_db(data / "hub.db")
+    backup.finish(data)
     auth.use_secret(data / "secret")
     sessions.use_logs(
         logs.LogStore(data / "logs.db", settings["log_session_mb"], settings["log_total_mb"])
@@ -309,14 +317,17 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{name.replace('_', '-')}", dest=name, metavar="X", help=f"{text} ({default!r})"
         )
-    parser.add_argument("--login-link", action="store_true", help="print a one-time login link")
+    one_of = parser.add_mutually_exclusive_group()
+    one_of.add_argument("--login-link", action="store_true", help="print a one-time login link")
+    one_of.add_argument("--backup", metavar="FILE", help="write a backup, beside a running hub too")
+    one_of.add_argument("--restore", metavar="FILE", help="begin anew from a backup; hub stopped")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     os.umask(0o077)  # database, logs and secret are nobody else's to read
     flags = vars(_parser().parse_args(argv))
-    only_link = flags.pop("login_link")
+    deeds = {name: flags.pop(name) for name in DEEDS}
     try:
         settings = read_settings(flags)
     except BadSetting as error:
@@ -327,10 +338,13 @@ def main(argv: list[str] | None = None) -> int:
         handler.setFormatter(Discreet("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("apscheduler").setLevel(logging.WARNING)
     logging.getLogger("apscheduler.executors").setLevel(logging.CRITICAL)  # see _job_failed
-    return print_login_link(settings) if only_link else serve(settings)
+    for name, deed in DEEDS.items():
+        if deeds[name]:
+            return deed(settings, deeds[name])
+    return serve(settings)
 
 
-def print_login_link(settings: dict) -> int:
+def print_login_link(settings: dict, _flag: bool) -> int:
     """Make a login link beside a running hub: whoever can read its data directory may sign in."""
     open_data(settings)
     url = settings["url"] or f"http://{settings['host']}:{settings['port']}"
@@ -338,6 +352,64 @@ def print_login_link(settings: dict) -> int:
     sessions.logs().close()
     models.close_db()
     return 0
+
+
+def write_backup(settings: dict, file: str) -> int:
+    """Write a backup of the data directory, whether its hub runs or not."""
+    data, target = Path(settings["data"]), Path(file)
+    if not (data / "hub.db").exists():
+        return _complain(f"There is no hub's data in {data}: give --data.")
+    folder = data / f"backup-{os.getpid()}"
+    try:
+        backup.make(data, api.VERSION, folder)
+        with open(target, "xb") as archive:
+            archive.writelines(backup.Packed(folder))
+    except OSError as error:
+        return _complain(f"Cannot write {target}: {error.strerror}.")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"Saved {target}, {target.stat().st_size:,} bytes. It holds secrets: keep it safe.")
+    return 0
+
+
+def take_backup(settings: dict, file: str) -> int:
+    """Put a backup in the place of the data of a hub that is stopped."""
+    data = Path(settings["data"])
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _somebody_listens(settings):
+        return _complain("The hub is running: stop it first, or use `orchestratia hub restore`.")
+    try:
+        with open(file, "rb") as archive:
+            description = backup.receive(auth.HUB, archive, data, models.newest_schema())
+    except OSError as error:
+        return _complain(f"Cannot read {file}: {error.strerror}.")
+    except models.Refused as refused:
+        return _complain(str(refused))
+    open_data(settings)
+    sessions.logs().close()
+    models.close_db()
+    print(
+        f"Restored the backup of {description['at']}. Everybody signs in anew (--login-link), and "
+        "no server takes new work until you say so: see docs/operations.md."
+    )
+    return 0
+
+
+def _somebody_listens(settings: dict) -> bool:
+    if not settings["port"]:
+        return False
+    with contextlib.suppress(OSError):
+        socket.create_connection((settings["host"], settings["port"]), 1).close()
+        return True
+    return False
+
+
+def _complain(sentence: str) -> int:
+    print(f"hub.py: {sentence}", file=sys.stderr)
+    return 1
+
+
+DEEDS = {"login_link": print_login_link, "backup": write_backup, "restore": take_backup}
 
 
 def _server(sock: socket.socket, app: APIFlask):
@@ -384,7 +456,14 @@ def serve(settings: dict) -> int:
     telegram_words.use_url(settings["url"])
     telegram.bots.start()
     server = _server(sock, app)
-    stop = threading.Event()
+    stop, again = threading.Event(), threading.Event()
+
+    def restart() -> None:
+        """Stop once the answer is out, and begin anew with what waits in the data directory."""
+        again.set()
+        threading.Timer(RESTART_S, stop.set).start()
+
+    app.config["RESTART"] = restart
     for name in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(name, stop.set)
     server.start()
@@ -399,6 +478,10 @@ def serve(settings: dict) -> int:
     servers.save_heartbeats()
     sessions.logs().close()
     models.close_db()
+    if again.is_set():
+        sock.close()
+        argv = [str(HERE / "hub.py"), *sys.argv[1:], "--port", str(settings["port"])]
+        os.execv(sys.executable, [sys.executable, *argv])
     return 0
 
 

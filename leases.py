@@ -23,10 +23,11 @@ QUIET_S = 90.0  # how long the hub only listens after it was away itself
 # ── a session or server is gone ───────────────────────────────────────────────────────────────
 
 
-def lose(tx: Transaction, task: dict, why: str) -> bool:
+def lose(tx: Transaction, task: dict, why: str, ask: bool = False) -> bool:
     """What worked on `task` (a row) is gone: try it again, or leave it to a person; whether it was
-    released. why: the rest of a sentence, such as "its session is gone: …"."""
-    if task["on_lost"] == "retry":
+    released. why: the rest of a sentence, such as "its session is gone: …". ask: leave it to a
+    person whatever the task says."""
+    if task["on_lost"] == "retry" and not ask:
         tasks.release(tx, task, why)
         return True
     if not _known(task):

@@ -250,6 +250,11 @@ def open_db(path: str | os.PathLike) -> HubDatabase:
     return database
 
 
+def newest_schema() -> int:
+    """How many migrations this code knows."""
+    return len(list(MIGRATIONS.glob("[0-9]*.py")))
+
+
 def close_db() -> None:
     db.obj.close()
 

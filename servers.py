@@ -345,6 +345,9 @@ def _came_online(server_id: str) -> None:
 def heartbeat(caller: Caller, system_info: dict | None) -> None:
     """A sign of life with what the agent says of its machine; `trouble` in it is an alert."""
     before = _life.info(caller.server_id)
+    clock = _number((system_info or {}).get("time"))
+    if clock is not None:
+        system_info = system_info | {"clock_skew_s": round(clock - time.time(), 1)}
     alive(caller.server_id, system_info)
     if system_info is not None:
         trouble = str(system_info.get("trouble") or "")[:TROUBLE_MOST]

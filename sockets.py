@@ -292,6 +292,12 @@ class Links:
         with self._lock:
             return len(self._links)
 
+    def by_poll(self) -> set[str]:
+        """The servers whose agent polls just now."""
+        with self._lock:
+            links = list(self._links.values())
+        return {x.server_id for x in links if isinstance(x, PollLink) and not x.silent}
+
     def polling(self, server_id: str, instance: str) -> PollLink | None:
         """The link of an agent that polls; None when it has to begin anew.
 

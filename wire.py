@@ -7,6 +7,7 @@ import sqlite3
 import time
 import uuid
 from base64 import b64decode
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from itertools import pairwise
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import alerts
 import auth
+import backup
 import cascade
 import inbox
 import leases
@@ -269,11 +271,17 @@ def sync(caller: Caller, frame: dict) -> dict:
         restarted = server["instance"] != instance
         _update_capabilities(server, frame.get("capabilities") or {}, instance)
         answer, named, adopt = [], set(), []
+        ahead = backup.ahead(server["id"])
         for item in frame.get("sessions") or ():
             session = _named_session(tx, server, item, adopt)
+            if ahead and not session["task_id"] and item.get("task_id"):
+                backup.take_over(tx, session, str(item["task_id"]), int(item["attempt"]))
+                session = one("SELECT * FROM session WHERE id = ?", (session["id"],))
             named.add(session["id"])
             answer.append(_reconcile(tx, session, item, restarted))
-        _lose_others(tx, server["id"], named)
+        _lose_others(tx, server["id"], named, RESTORED if ahead else "")
+        if ahead:
+            backup.caught_up(server["id"])
         routing.place_waiting(tx, one("SELECT * FROM server WHERE id = ?", (server["id"],)))
     return {"type": "sync_ok", "sessions": answer, "adopt": adopt}
 
@@ -304,6 +312,9 @@ def _named_session(tx: Transaction, server: dict, item: dict, adopt: list) -> di
     if session:
         return session
     tmux_name = str(item.get("tmux_name") or "")
+    if item.get("session_id"):
+        with suppress(ValueError):  # else it is a stranger, by its name in tmux
+            return _adopted_as(tx, server, item)
     session = by_tmux_name(server["id"], tmux_name) or _adopted(tx, server, tmux_name)
     adopt.append({"tmux_name": tmux_name, "session_id": session["id"]})
     return session
@@ -377,7 +388,14 @@ def _adopted_as(tx: Transaction, server: dict, item: dict) -> dict:
     if session and session["server_id"] != server["id"]:
         raise ValueError(f"{session_id} is a session of another server")
     return session or _adopted(
-        tx, server, item["tmux_name"], id=session_id, terminal=item["terminal"]
+        tx,
+        server,
+        str(item.get("tmux_name") or ""),
+        id=session_id,
+        terminal=_terminal_of(item, {"terminal": "tmux"}),
+        pid=item.get("pid") if isinstance(item.get("pid"), int) else None,
+        profile=str(item["profile"])[:100] if item.get("profile") else None,
+        working_directory=str(item.get("working_directory") or "")[:4000] or None,
     )
 
 
@@ -387,17 +405,21 @@ def lose_others(server_id: str, named: set[str]) -> None:
         _lose_others(tx, server_id, named)
 
 
-def _lose_others(tx: Transaction, server_id: str, named: set[str]) -> None:
+RESTORED = "; the hub was restored from a backup, so it may have been finished since"
+
+
+def _lose_others(tx: Transaction, server_id: str, named: set[str], doubt: str = "") -> None:
+    """doubt: why a task that is lost now is left to a person in any case."""
     for session in sessions.believed_alive(server_id):
-        if session["id"] not in named and session["state"] != "starting":
-            _lose(tx, session, "the agent does not have it any more")
+        if session["id"] not in named and (doubt or session["state"] != "starting"):
+            _lose(tx, session, f"the agent does not have it any more{doubt}", bool(doubt))
 
 
-def _lose(tx: Transaction, session: dict, why: str) -> None:
+def _lose(tx: Transaction, session: dict, why: str, ask: bool) -> None:
     """A session is gone without an end of its own: its task is tried again, or a person asked."""
     sessions.move(tx, session, "lose", HUB.actor, reason=why)
     for task in _open_tasks_of(session):
-        leases.lose(tx, task, f"its session is gone: {why}")
+        leases.lose(tx, task, f"its session is gone: {why}", ask)
 
 
 def reconnected(server_id: str) -> None:

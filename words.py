@@ -155,6 +155,8 @@ WORDS = {
     "server_resumed": ("disc", "good", "server takes work again"),
     "server_revoked": ("slash", "quiet", "server revoked"),
     "server_changed": ("square", "quiet", _assignee_or_fields),
+    "backup_made": ("check", "quiet", "a backup of the hub was made"),
+    "hub_restored": ("triangle", "warn", "the hub was restored from a backup of {made_at}"),
     "clock_set": ("triangle", "warn", "the hub's clock was set by {by_s} s"),
     "alert_raised": ("triangle", "warn", "{sentence}"),
     "alert_ended": ("check", "quiet", "alert {status}"),

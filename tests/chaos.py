@@ -2,11 +2,11 @@
 
     python tests/chaos.py [--minutes 60] [--seed N] [--agents 3] [--clients 4]
 
-A real hub, real agents with tmux behind proxies of their own, clients behind proxies too. Every call
-is recorded as done, refused or unknown (no answer came). At the end the nemesis stops, everything
-comes to rest, and the history is held against what is stored:
+A real hub, real agents with tmux behind proxies of their own, clients behind proxies too. Every
+call is recorded as done, refused or unknown (no answer came). At the end the nemesis stops,
+everything comes to rest, and the history is held against what is stored:
 
-- what was acknowledged is there, once; what was refused is not; what is unknown is there once or not
+- what was acknowledged is there, once; what was refused is not; what is unknown, at most once
 - no call sees an older state of a task than one that had ended before it began
 - each task ends, or is open for a reason that is alive; each attempt goes its way once
 - what a task was handed is what its upstreams delivered; what it printed is stored, byte by byte
@@ -42,8 +42,8 @@ echo "$ORCHESTRATIA_TASK_ID $$" >> "$1"
 n=0; while [ $n -lt 30 ]; do echo "line $n of $ORCHESTRATIA_TASK_ID"; n=$((n+1)); done
 sleep "$2"
 [ "$3" = fail ] && exit 3
-printf '{"summary": "ran", "contracts": {"n": {"status": "fulfilled", "data": "%s"}}}' "$ORCHESTRATIA_TASK_ID" \\
-  > "$ORCHESTRATIA_RESULT_FILE"
+printf '{"summary": "ran", "contracts": {"n": {"status": "fulfilled", "data": "%s"}}}' \\
+  "$ORCHESTRATIA_TASK_ID" > "$ORCHESTRATIA_RESULT_FILE"
 """
 PENDING = {"blocked", "ready", "pending", "queued"}
 STATE_OF = {

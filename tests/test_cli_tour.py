@@ -35,6 +35,9 @@ ELSEWHERE = {
     "rule test": "test_cli_human.py",
     "alert list": "test_cli_human.py",
     "alert dismiss": "test_cli_human.py",
+    "hub backup": "test_backup.py",
+    "hub restore": "test_backup.py",
+    "doctor": "test_doctor.py",
     "init": "test_cli_human.py",
     "mcp": "test_mcp.py",
 }

@@ -13,10 +13,22 @@ LAYERS = (
     ("cascade", "rules", "bus"),
     ("models", "logs"),
     ("auth", "moves", "routing", "reading", "prompts", "tasks", "alerts", "leases")
-    + ("permissions",)
+    + ("backup", "permissions")
     + ("sessions", "inbox", "chats", "notices")
-    + ("terminals", "servers", "wire", "nudges", "older"),
-    ("web", "ws", "feed", "document", "api", "api_permissions", "sockets", "live", "words", "prose")
+    + ("terminals", "servers", "wire", "nudges", "older", "doctor"),
+    (
+        "web",
+        "ws",
+        "feed",
+        "document",
+        "api",
+        "api_permissions",
+        "sockets",
+        "live",
+        "words",
+        "prose",
+        "api_hub",
+    )
     + ("picture", "pages", "pages_permissions", "pages_tasks", "pages_pipelines")
     + (
         "pages_servers",

@@ -124,6 +124,9 @@ ROUTES = {
     "GET sessions/<ref>/output": WATCHING,
     "GET sessions/<ref>/marks": WATCHING,
     "GET sessions/<ref>/recording": WATCHING,
+    "GET hub/doctor": HUB_ADMINS,
+    "POST hub/backup": HUB_ADMINS,
+    "POST hub/restore": HUB_ADMINS,
     "GET events": SIGNED_IN,
     "GET events/stream": SIGNED_IN,
 }
