@@ -4,9 +4,7 @@ import base64
 import contextlib
 import json
 import os
-import random
 import re
-import socket
 import sys
 import threading
 
@@ -15,9 +13,9 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from conftest import wait_until
+from faulting import LONG, N, back, kill_agent, kill_hub, through
 
 FAST = {"tick_s": 0.2, "due_s": 0.2, "heartbeat_s": 0.5, "offline_after_s": 4, "grace_s": 0.6}
-LINES = 104_858  # of 100 bytes: 10 MB
 PACE_S = 0.015  # after every 100 lines, so that there is time for many deaths
 
 # Prints numbered lines, then waits until a file appears, then exits 0.
@@ -37,14 +35,6 @@ while not os.path.exists(until):
 
 def numbered(lines: int) -> bytes:
     return b"".join(b"%08d %s\r\n" % (n, b"x" * 89) for n in range(lines))
-
-
-@pytest.fixture
-def seed():
-    """The dice of a test; what they showed is printed when it fails."""
-    value = int(os.environ.get("SEED") or random.randrange(2**32))
-    print(f"SEED={value}")
-    return random.Random(value)
 
 
 @pytest.fixture
@@ -242,116 +232,80 @@ class Watcher(threading.Thread):
         self.join(10)
 
 
-# ── ten megabytes, twenty deaths ──────────────────────────────────────────────────────────────
+# ── a numbered stream, many deaths ────────────────────────────────────────────────────────────
 
 
-def thresholds(seed: random.Random, total: int, count: int = 20) -> list[int]:
-    return sorted(seed.randrange(total) for _ in range(count))
+@pytest.fixture
+def stream(shop, run_numbered, end_file, case):
+    """Print the stream; `at_each(deed)` does that at random bytes of it; `whole()` compares."""
+    return Stream(shop, run_numbered, end_file, case)
 
 
-@pytest.mark.hub(**FAST)
-@pytest.mark.timeout(240)
-def test_no_byte_is_missing_or_doubled_when_the_agent_is_killed_twenty_times(
-    shop, start_agent, run_numbered, end_file, seed
-):
+class Stream:
+    LINES = 104_858 if LONG else 12_000  # of 100 bytes: 10 MB, or about 1
+
+    def __init__(self, hub, run_numbered, end_file, case):
+        self.hub, self.end_file, self.case = hub, end_file, case
+        self.task_id, self.session_id = run_numbered(self.LINES)
+        self.marks = sorted(case.random.randrange(self.LINES * 100) for _ in range(N))
+
+    def at_each(self, deed) -> None:
+        for mark in self.marks:
+            wait_until(lambda at=mark: self._there() >= at, 60, 0.005)
+            deed()
+            self.case.kills += 1
+
+    def _there(self) -> int:
+        return session_of(self.hub, self.session_id)["log_end"]
+
+    def whole(self) -> None:
+        self.end_file.touch()
+        wait_until(lambda: status_of(self.hub, self.task_id) == "done", 90)
+        wait_until(lambda: stored(self.hub, self.session_id) >= self.LINES * 100, 60)
+        compare(whole_log(self.hub, self.session_id), numbered(self.LINES))
+        self.case.seen = f"{self.LINES * 100 / 1e6:.1f} MB: 0 bytes missing, 0 repeated"
+
+
+@pytest.fixture
+def dev(shop, start_agent):
     agent = start_agent(shop, "dev")
-    task_id, session_id = run_numbered(LINES)
-    for at in thresholds(seed, LINES * 100):
-        wait_until(lambda at=at: session_of(shop, session_id)["log_end"] >= at, 60, 0.005)
-        agent.kill()
-        agent.start()
-    end_file.touch()
-    wait_until(lambda: status_of(shop, task_id) == "done", 90)
-    wait_until(lambda: stored(shop, session_id) >= LINES * 100, 60)
-    compare(whole_log(shop, session_id), numbered(LINES))
+    agent.stop()
+    through(agent, shop)
+    return back(agent)
 
 
+@pytest.mark.fault("F5 agent killed while a stream is printed")
 @pytest.mark.hub(**FAST)
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(240 if not LONG else 3600)
+def test_no_byte_is_missing_or_doubled_when_the_agent_is_killed(dev, stream):
+    stream.at_each(lambda: kill_agent(dev))
+    stream.whole()
+
+
+@pytest.mark.fault("F5 hub killed while a stream is printed")
+@pytest.mark.hub(**FAST)
+@pytest.mark.timeout(240 if not LONG else 3600)
+def test_no_byte_is_missing_or_doubled_when_the_hub_is_killed(shop, dev, stream):
+    stream.at_each(lambda: kill_hub(shop))
+    stream.whole()
+
+
+@pytest.mark.fault("F5 connection cut at random bytes of a stream")
+@pytest.mark.hub(**FAST)
+@pytest.mark.timeout(240 if not LONG else 3600)
 @pytest.mark.parametrize("carrier", ["socket", "poll"])
-def test_no_byte_is_missing_or_doubled_when_the_connection_is_cut_twenty_times(
-    shop, start_agent, run_numbered, end_file, seed, carrier
+def test_no_byte_is_missing_or_doubled_when_the_connection_is_cut(
+    shop, start_agent, start_proxy, request, carrier
 ):
     agent = start_agent(shop, "dev")
     agent.stop()
-    cutter = Cutter(shop.settings["port"])
-    text = agent.config.read_text().replace(shop.url, cutter.url)
-    agent.config.write_text(text + f"carrier: {carrier}\nbackoff_max_s: 0.5\n")
-    agent.start()
-    try:
-        task_id, session_id = run_numbered(LINES)
-        marks = thresholds(seed, LINES * 100)
-        for before, at in zip([0, *marks], marks, strict=False):
-            cutter.cut_after(at - before)
-            wait_until(lambda: cutter.left is None, 90, 0.005)
-        end_file.touch()
-        wait_until(lambda: status_of(shop, task_id) == "done", 90)
-        wait_until(lambda: stored(shop, session_id) >= LINES * 100, 60)
-        compare(whole_log(shop, session_id), numbered(LINES))
-        assert cutter.cuts == 20
-        assert status_of(shop, task_id) == "done"
-    finally:
-        agent.stop()
-        cutter.close()
-
-
-class Cutter:
-    """Passes bytes to the hub and back; at a given byte on the way up it resets that connection,
-    the byte itself and what is behind it never arriving."""
-
-    def __init__(self, port: int):
-        self.port = port
-        self.left: int | None = None  # bytes that may still pass before the cut
-        self.cuts = 0
-        self._lock = threading.Lock()
-        self._open: set[socket.socket] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
-
-    def cut_after(self, size: int) -> None:
-        with self._lock:
-            self.left = size
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                far = socket.create_connection(("127.0.0.1", self.port))
-                self._open |= {near, far}
-                for pair, up in (((near, far), True), ((far, near), False)):
-                    thread = threading.Thread(target=self._pump, args=(*pair, up), daemon=True)
-                    self._threads.append(thread)
-                    thread.start()
-
-    def _pump(self, source, target, up: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                allowed = self._allowed(len(data)) if up else len(data)
-                target.sendall(data[:allowed])
-                if allowed < len(data):
-                    break
-        for sock in (source, target):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-    def _allowed(self, size: int) -> int:
-        with self._lock:
-            if self.left is None or size <= self.left:
-                self.left = None if self.left is None else self.left - size
-                return size
-            allowed, self.left = self.left, None
-            self.cuts += 1
-            return allowed
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for sock in self._open:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(5)
-        for sock in self._open:
-            sock.close()
+    proxy = start_proxy(shop)
+    through(agent, shop, proxy, carrier)
+    back(agent)
+    stream = request.getfixturevalue("stream")
+    for before, at in zip([0, *stream.marks], stream.marks, strict=False):
+        proxy.cut_after(at - before)
+        wait_until(lambda: proxy.left is None, 90, 0.005)
+        stream.case.kills += 1
+    stream.whole()
+    assert proxy.cuts == N
