@@ -2,12 +2,14 @@ VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 
-.PHONY: help run demo test check bench bench-web screenshots format vendor clean
+.PHONY: help run demo test check faults chaos bench bench-web screenshots format vendor clean
 
 help:
 	@echo "make run     hub on 127.0.0.1:8080 with this machine as its first server"
 	@echo "make demo    the seven-task pipeline on two agents in scratch directories (CHECK=1: ends)"
 	@echo "make test    everything, from nothing"
+	@echo "make faults  the catalogue of faults, N=200 kills each; its table into faults.md"
+	@echo "make chaos   clients and a nemesis for MINUTES=60, and the verdict"
 	@echo "make check   style, without running anything"
 	@echo "make bench   measurements beside a reference in the same run"
 	@echo "make bench-web     how fast the pages are, in a real browser"
@@ -35,6 +37,14 @@ demo: $(VENV)/run
 test: $(VENV)/dev check
 	@scripts/need.sh tmux=tmux git=git chromium=chromium
 	$(PY) -m pytest -n 3 --dist worksteal --reruns 1 -r R
+
+faults: $(VENV)/dev
+	@scripts/need.sh tmux=tmux git=git
+	FAULTS_N=$(or $(N),200) FAULTS_TABLE=faults.md $(PY) -m pytest -n 3 --dist worksteal -m fault
+
+chaos: $(VENV)/dev
+	@scripts/need.sh tmux=tmux git=git
+	$(PY) tests/chaos.py --minutes $(or $(MINUTES),60)
 
 check: $(VENV)/dev
 	$(PY) -m ruff check .

@@ -338,10 +338,13 @@ def main(argv: list[str] | None = None) -> int:
         handler.setFormatter(Discreet("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("apscheduler").setLevel(logging.WARNING)
     logging.getLogger("apscheduler.executors").setLevel(logging.CRITICAL)  # see _job_failed
-    for name, deed in DEEDS.items():
-        if deeds[name]:
-            return deed(settings, deeds[name])
-    return serve(settings)
+    try:
+        for name, deed in DEEDS.items():
+            if deeds[name]:
+                return deed(settings, deeds[name])
+        return serve(settings)
+    except models.NewerData as error:
+        return _complain(str(error))
 
 
 def print_login_link(settings: dict, _flag: bool) -> int:

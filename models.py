@@ -233,12 +233,13 @@ class _Shared:
 def open_db(path: str | os.PathLike) -> HubDatabase:
     """Bring the SQLite file at `path` to the newest schema and use it from now on.
 
-    Raises peewee's OperationalError when the file cannot be opened or a migration fails; the file
-    is then as it was.
+    Raises peewee's OperationalError when the file cannot be opened or a migration fails, and
+    NewerData when a newer hub has written it; the file is then as it was.
     """
     plain = SqliteDatabase(str(path), pragmas={"journal_mode": "wal", "synchronous": "full"})
     plain.connect()
     try:
+        _refuse_newer(plain, path)
         for name in migrations.run(plain, str(MIGRATIONS)) or ():
             log.info("migrated: %s", name)
     finally:
@@ -248,6 +249,20 @@ def open_db(path: str | os.PathLike) -> HubDatabase:
     last = one("SELECT at FROM event ORDER BY id DESC LIMIT 1")
     clock.begin(last["at"] if last else 0.0)
     return database
+
+
+class NewerData(Exception):
+    """The database was written by a newer hub; the sentence says what to do."""
+
+
+def _refuse_newer(plain: SqliteDatabase, path) -> None:
+    if plain.table_exists("schema_migration"):
+        [[had]] = plain.execute_sql("SELECT COUNT(*) FROM schema_migration")
+        if had > newest_schema():
+            raise NewerData(
+                f"{path} was written by a newer hub ({had} migrations, this one knows "
+                f"{newest_schema()}): run that one, or restore a backup made before the upgrade."
+            )
 
 
 def newest_schema() -> int:

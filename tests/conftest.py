@@ -120,6 +120,8 @@ def case(request, record_property):
     from faulting import Case  # which needs this module
 
     [name] = request.node.get_closest_marker("fault").args
+    if hasattr(request.node, "callspec"):
+        name += f" [{request.node.callspec.id}]"
     made = Case(record_property, name)
     yield made
     if made.seen:  # which is the last thing a test says
