@@ -164,11 +164,11 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=100, help="of the hub, and of agents")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
-    parser.add_argument("--quick", action="store_true", help="60 tasks, 2 kills of each")
+    parser.add_argument("--quick", action="store_true", help="40 tasks, one kill of each")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--dir", help="on the disk that holds it")
     args = parser.parse_args()
-    tasks, kills = (60, 2) if args.quick else (args.tasks, args.kills)
+    tasks, kills = (40, 1) if args.quick else (args.tasks, args.kills)
     folder = Path(tempfile.mkdtemp(prefix="kill-", dir=args.dir))
     os.environ["TMUX_TMPDIR"] = tempfile.mkdtemp(prefix="orc-")
     try:

@@ -285,7 +285,7 @@ class Graph:
             sql = f"SELECT COUNT(*) FROM task WHERE status <> 'done' AND id IN ({marks})"
             return db.execute(sql, self.ids).fetchone()[0]
 
-    def wait(self, timeout: float = 120.0) -> None:
+    def wait(self, timeout: float = 1800.0 if LONG else 120.0) -> None:
         wait_until(lambda: self.left() == 0, timeout, 0.1)
 
     def bodies(self) -> Counter:

@@ -17,9 +17,10 @@ ROWS = {
         "100 idle agents",
         "SSE 20 × 50/s",
     ),
+    "kill.py": ("undisturbed", "tasks lost", "bodies that ran again"),
     "telegram.py": ("due to sendMessage", "sendMessage alone", "over the limits"),
 }
-AIMS = {"cascade.py": 8, "sockets.py": 9, "telegram.py": 2}
+AIMS = {"cascade.py": 8, "sockets.py": 9, "telegram.py": 2, "kill.py": 3}
 
 
 @pytest.mark.parametrize("name", ROWS)

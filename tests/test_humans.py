@@ -444,3 +444,26 @@ def test_a_conversation_is_taken_up_again(stand):
     second = wait_until(lambda: happened(stand.record, "started")[1:])[0]
     assert second["argv"][second["argv"].index("--resume") + 1] == first["conversation"]
     stand.hub.api("POST", f"sessions/{again['id']}/close", {"force": True})
+
+
+@pytest.mark.parametrize("policy", ["retry", "ask"])
+def test_after_a_reboot_a_worker_goes_on_with_its_conversation_or_a_person_is_asked(stand, policy):
+    stand.begin(on_lost=policy)
+    [first] = wait_until(lambda: happened(stand.record, "started"))
+    wait_until(lambda: stand.session()["status"] == "active")
+    stand.agent.kill()
+    stand.agent.tmux("kill-server")
+    stand.agent.start()
+    if policy == "ask":
+        [alert] = wait_until(stand.alerts)
+        assert (alert["kind"], alert["task_id"]) == ("lost", stand.task["id"])
+        assert stand.look()["attempt"] == 1 and len(happened(stand.record, "started")) == 1
+        stand.hub.api("POST", f"tasks/{stand.task['id']}/retry")
+        wait_until(lambda: not stand.alerts())
+    second = wait_until(lambda: happened(stand.record, "started")[1:])[0]
+    assert second["argv"][second["argv"].index("--resume") + 1] == first["conversation"]
+    told = wait_until(stand.submitted)[-1]
+    assert "go on as it says" in told
+    with open(told.split("the file ")[1].split(" and go")[0]) as file:
+        assert "Your terminal on dev was lost while you worked" in file.read()
+    assert stand.look()["attempt"] == 2 and len(happened(stand.record, "started")) == 2
