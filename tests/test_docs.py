@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import reference  # noqa: E402
 
+RELIABILITY = (ROOT / "docs/reliability.md").read_text()
+
 
 def test_every_setting_stands_in_the_readme_with_its_default_and_help():
     readme = (ROOT / "README.md").read_text()
@@ -57,3 +59,16 @@ def test_every_command_line_shown_can_be_typed(where, line, monkeypatch):
         context = click.Context(command, context, info_name=name)
     assert not isinstance(command, click.Group), line
     command.make_context(context.info_name, list(words), context.parent)
+
+
+def test_every_fault_of_the_catalogue_has_its_tests():
+    """F13, F22 and F23 need several hubs, PostgreSQL or Redis."""
+    lines = re.findall(r"^\| F(\d+) \| [^|]+ \| (.+) \|$", RELIABILITY, re.M)
+    assert [int(number) for number, _ in lines] == [
+        n for n in range(1, 36) if n not in (13, 22, 23)
+    ]
+    for _, tests in lines:
+        for file, name in re.findall(r"`(\w+\.py)::(\w+)`", tests):
+            text = (ROOT / "tests" / file).read_text()
+            assert re.search(rf"^(?:def |class )?{name}\b", text, re.M), (file, name)
+        assert "::" in tests

@@ -647,3 +647,65 @@ def _connected(hub, agent) -> bool:
         wait_until(lambda: hub.api("GET", f"sessions/{made['id']}")["status"] == "active", 2)
         return True
     return False
+
+
+# ── tmux, changed by hand ─────────────────────────────────────────────────────────────────────
+
+
+def plain_session(hub, agent, *command: str) -> dict:
+    """A session that is active."""
+    body = {"server_id": agent.name, "name": f"s{os.urandom(3).hex()}", "command": list(command)}
+    made = hub.api("POST", "sessions", body)
+    path = f"sessions/{made['id']}"
+    return wait_until(lambda: (s := hub.api("GET", path))["status"] == "active" and s, 20)
+
+
+def typed(hub, session: dict, text: str) -> requests.Response:
+    return hub.ask("POST", f"sessions/{session['id']}/input", {"text": text})
+
+
+@fault("F35 panes split, killed and renamed, windows of 1x1, bytes of any sort")
+@pytest.mark.hub(**FAST)
+def test_f35_what_people_do_in_tmux_never_sends_words_to_another_pane(shop, two, tmp_path, case):
+    agent = two[0]
+    for n in range(max(2, N // 5)):
+        own, other = tmp_path / f"own{n}", tmp_path / f"other{n}"
+        session = plain_session(shop, agent, "sh", "-c", f"exec cat > {own}")
+        name = session["tmux_name"]
+        agent.tmux("split-window", "-t", name, f"exec cat > {other}")  # and it is the active one
+        wait_until(lambda path=other: path.exists(), 10)
+        answer = typed(shop, session, "for the first pane")
+        if answer.ok:
+            wait_until(lambda path=own: path.read_text() == "for the first pane\n", 10)
+        else:
+            assert answer.status_code == 409, answer.text
+        assert other.read_text() == ""
+        change = case.random.choice(("kill", "rename"))
+        if change == "kill":
+            agent.tmux("kill-pane", "-t", f"{name}.0")
+        else:
+            agent.tmux("rename-session", "-t", name, "mine")
+        path = f"sessions/{session['id']}"
+        wait_until(lambda p=path: shop.api("GET", p)["status"] in ("closed", "lost"), 10)
+        assert typed(shop, session, "to nobody").status_code == 409
+        assert other.read_text() == ""
+        agent.tmux("kill-session", "-t", "mine" if change == "rename" else name)
+        case.kills += 1
+    case.seen = "gone within one look, no word in another pane"
+
+
+@fault("F35 output of any bytes in a window of 1x1")
+@pytest.mark.hub(**FAST)
+def test_f35_bytes_of_any_sort_are_recorded_as_they_are_in_the_smallest_window(
+    shop, two, tmp_path, case
+):
+    data, go = tmp_path / "data", tmp_path / "go"
+    data.write_bytes(case.random.randbytes(200_000))
+    script = f"stty raw -echo; while [ ! -e {go} ]; do sleep 0.05; done; cat {data}; exec sleep 99"
+    session = plain_session(shop, two[0], "sh", "-c", script)
+    two[0].tmux("resize-window", "-t", session["tmux_name"], "-x", "1", "-y", "1")
+    go.touch()
+    path = f"sessions/{session['id']}/output"
+    wait_until(lambda: shop.api("GET", path.removesuffix("/output"))["log_end"] >= 200_000, 20)
+    assert shop.ask("GET", path).content == data.read_bytes()
+    case.kills, case.seen = 1, "200,000 random bytes: the same"
