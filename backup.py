@@ -22,7 +22,18 @@ import cascade
 import moves
 import tasks
 from auth import HUB, Caller, require
-from models import Invalid, Transaction, execute, iso, labels, offloop, one, rows, transaction
+from models import (
+    Invalid,
+    Transaction,
+    execute,
+    iso,
+    labels,
+    offloop,
+    one,
+    rows,
+    transaction,
+    writing_files,
+)
 
 DATABASES = ("hub.db", "logs.db")
 FILES = (*DATABASES, "secret", "hub.yaml")
@@ -104,7 +115,8 @@ def of_running(caller: Caller, data: Path, version: str) -> Packed:
     require(caller, "user.admin")
     folder = Path(data) / f"backup-{uuid.uuid4().hex}"
     try:
-        make(Path(data), version, folder)
+        with writing_files():
+            make(Path(data), version, folder)
         with transaction() as tx:
             tx.emit("backup_made", None, caller.actor, {})
             execute("INSERT OR REPLACE INTO meta VALUES ('backup_at', ?)", (str(tx.now),))
@@ -112,6 +124,14 @@ def of_running(caller: Caller, data: Path, version: str) -> Packed:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return Packed(folder)
+
+
+def tidy(data: Path) -> None:
+    """Remove what a backup or restore has left that was killed."""
+    for pattern in ("backup-*", f"{WAITING}-*"):
+        for left in data.glob(pattern):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
 
 
 # ── taking one ────────────────────────────────────────────────────────────────────────────────
@@ -123,9 +143,10 @@ def unpack(archive, folder: Path, schema: int) -> dict:
 
     archive: a binary stream. schema: how many migrations this hub knows.
     """
-    folder.mkdir(mode=0o700)
     try:
-        _extract(archive, folder)  # not off the loop: it reads from the request's connection
+        with writing_files():
+            folder.mkdir(mode=0o700)
+            _extract(archive, folder)  # not off the loop: it reads from the request's connection
         return _checked(folder, schema)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

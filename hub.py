@@ -451,6 +451,7 @@ def serve(settings: dict) -> int:
     settings["url"] = (settings["url"] or f"http://{settings['host']}:{settings['port']}").rstrip(
         "/"
     )
+    backup.tidy(settings["data"])
     open_data(settings)
     app = create_app(settings)
     _welcome(settings)

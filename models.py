@@ -6,6 +6,7 @@ the events of the use case, stores them with its changes and publishes them afte
 Times are seconds since the epoch (float, UTC) in the tables; `iso()` writes them for people.
 """
 
+import errno
 import json
 import logging
 import os
@@ -463,10 +464,23 @@ def _begin() -> Transaction:
 DISK_ERRORS = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+@contextmanager
+def writing_files():
+    """Raises NoRoom for what the disk does not take in this block."""
+    try:
+        yield
+    except (sqlite3.OperationalError, OSError) as error:
+        _raise_disk(error)
+        raise
+
+
 def _raise_disk(error: BaseException) -> None:
     """Raise NoRoom when an error says that the disk does not take what is written."""
     name = getattr(getattr(error, "orig", error), "sqlite_errorname", "")
-    if name.startswith(DISK_ERRORS):
+    if name.startswith(DISK_ERRORS) or getattr(error, "errno", None) in NO_ROOM:
         raise NoRoom(
             f"The hub's disk does not take any more ({error}): nothing was changed. Free some "
             "space, then try again."

@@ -475,6 +475,6 @@ def cancel_task(ref):
 
 @bp.post("/tasks/<ref>/retry")
 def retry_task(ref):
-    """Open a failed or cancelled task again."""
+    """Open a failed, cancelled or lost task again."""
     tasks.retry(person(), ref)
     return done(url_for("pages.task", ref=ref))

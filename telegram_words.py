@@ -295,7 +295,8 @@ def alert(ref: str, most: int, _opened=None):
         by = f" by {row['ended_by']}" if ended == "dismissed" else ""
         return text, Text(f"➖ {ended.capitalize()}{by}."), []
     look = [button("Look at it", f"f:{row['session_id']}")] if row["session_id"] else []
-    return text, None, [[button("Dismiss", f"ad:{ref}"), *look]]
+    again = [button("Try again", f"tr:{row['task_id']}")] if row["kind"] == "lost" else []
+    return text, None, [[*again, button("Dismiss", f"ad:{ref}"), *look]]
 
 
 def server(ref: str, _most: int, _opened=None):

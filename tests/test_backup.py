@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import wire
 from auth import HUB
 from conftest import ROOT, wait_until
 from faulting import FAST, Graph, back, check, reading, through
-from models import Invalid, Unauthorised
+from models import Invalid, NoRoom, Unauthorised
 
 
 @pytest.fixture
@@ -101,6 +102,29 @@ def test_what_is_no_whole_backup_is_refused_and_leaves_nothing(world, saved, tmp
 def test_a_backup_of_a_newer_hub_is_refused(world, saved, tmp_path):
     with pytest.raises(Invalid, match="is of a newer hub"):
         backup.unpack(io.BytesIO(saved()), tmp_path / "u", models.newest_schema() - 1)
+
+
+def test_without_room_a_backup_is_refused_in_words_and_leaves_nothing(world, saved, tmp_path):
+    whole, before = saved(), sorted(tmp_path.iterdir())
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, usual[1]))
+    try:
+        with pytest.raises(NoRoom, match="Free some space"):
+            backup.of_running(HUB, tmp_path, "0.1.0")
+        with pytest.raises(NoRoom, match="Free some space"):
+            backup.receive(HUB, io.BytesIO(whole), tmp_path, 99)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_was_left_half_done_is_tidied_away(tmp_path):
+    for name in ("backup-1", "restore-2", "before-restore-3", "restore"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "backup-of-mine.tar").touch()
+    backup.tidy(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"before-restore-3", "restore", "backup-of-mine.tar"}
 
 
 def test_a_restore_that_is_killed_anywhere_goes_on(world, saved, tmp_path, monkeypatch):

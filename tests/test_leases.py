@@ -74,6 +74,20 @@ def test_retry_gives_what_was_lost_to_another_and_the_alert_ends(running):
     world.check()
 
 
+def test_the_inbox_offers_to_try_what_was_lost_again(running, client):
+    """And shows an alert on a server, which is about no task."""
+    world = running
+    lose_session(world, "A")
+    servers.heartbeat(world.key("dev"), {"trouble": "it cannot write"})
+    user = models.one("SELECT id FROM user WHERE username = 'admin'")
+    with models.transaction():
+        client.flask.set_cookie("orchestratia", auth.issue(user["id"], "web"))
+    page = client.flask.get("/inbox").text
+    assert f'action="/tasks/{world.ids["A"]}/retry"' in page and "Try again" in page
+    assert "Server or session gone" in page
+    assert "Server in trouble" in page and "Server dev: it cannot write." in page
+
+
 def test_cancelling_what_was_lost_ends_the_alert(running):
     lose_session(running, "A")
     running.cancel("A")
