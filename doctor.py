@@ -192,7 +192,8 @@ def _sessions() -> list[dict]:
     """Sessions of coding agents of which no signal says what they do."""
     silent = rows(
         "SELECT s.name, s.profile, s.signals, v.name AS server FROM session s"
-        " JOIN server v ON v.id = s.server_id WHERE s.state = 'active'"
+        " JOIN server v ON v.id = s.server_id"
+        " WHERE s.project_id IN (SELECT id FROM project) AND s.state = 'active'"
         " AND s.activity = 'no_signal' AND s.profile NOT IN ('command') LIMIT ?",
         (SHOWN,),
     )

@@ -40,18 +40,21 @@ def lose(tx: Transaction, task: dict, why: str, ask: bool = False) -> bool:
             task["project_id"],
             sentence,
             task_id=task["id"],
-            about=str(task["attempt"]),
+            about=_attempt(task),
         )
     return False
+
+
+def _attempt(task: dict) -> str:
+    return f"{task['id']} {task['attempt']}"
 
 
 def _known(task: dict) -> bool:
     """Whether somebody was told of the loss of this attempt, open or dismissed."""
     return bool(
         one(
-            "SELECT 1 FROM alert WHERE task_id = ? AND kind = 'lost' AND about = ?"
-            " AND status <> 'over'",
-            (task["id"], str(task["attempt"])),
+            "SELECT 1 FROM alert WHERE kind = 'lost' AND about = ? AND status <> 'over'",
+            (_attempt(task),),
         )
     )
 
@@ -105,7 +108,7 @@ def notice_unplaced(now: float) -> int:
 
 def _begin_unplaced(tx: Transaction, task: dict, now: float) -> None:
     if one(
-        "SELECT 1 FROM alert WHERE project_id = ? AND kind = 'queue' AND about = ?"
+        "SELECT 1 FROM alert WHERE +project_id = ? AND kind = 'queue' AND about = ?"
         " AND (status = 'open' OR (status = 'dismissed' AND at > ?))",
         (task["project_id"], task["signature"], task["waiting_since"]),
     ):
@@ -150,7 +153,7 @@ def end_alerts() -> None:
 
 def _still_lost(alert: dict) -> bool:
     task = moves.row(alert["task_id"])
-    return str(task["attempt"]) == alert["about"] and tasks.gone(task) is not None
+    return _attempt(task) == alert["about"] and tasks.gone(task) is not None
 
 
 def _still_unplaced(alert: dict) -> bool:
@@ -168,7 +171,10 @@ STILL = {"lost": _still_lost, "queue": _still_unplaced}
 
 # ── clocks ────────────────────────────────────────────────────────────────────────────────────
 
-LIVE = "state IN ('starting', 'active', 'disconnected', 'recovering')"
+LIVE = (
+    "project_id IN (SELECT id FROM project)"  # so that an index is used
+    " AND state IN ('starting', 'active', 'disconnected', 'recovering')"
+)
 # What runs by the wall clock and is still running: (table, columns, which rows).
 RUNNING = (
     ("task", ("assigned_at", "started_at", "deadline_at", "updated_at"), moves.HELD),

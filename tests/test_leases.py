@@ -9,7 +9,6 @@ import alerts
 import auth
 import leases
 import models
-import routing
 import servers
 import tasks
 import wire
@@ -391,7 +390,28 @@ def test_after_a_sleep_of_its_own_too(monkeypatch):
     assert not listening
 
 
-def test_a_server_by_routing_is_not_looked_up_without_need(world):
-    """Tasks in their first attempt cost no look at conversations."""
-    world.server("dev")
-    assert routing._lost_conversation(world.task("A")) is None
+SMALL = ("server", "project", "(subquery-1)")
+
+
+def test_what_the_jobs_ask_is_answered_by_an_index(running, monkeypatch):
+    """None of it looks through tasks, alerts or sessions: their history grows."""
+    world, asked = running, []
+
+    def noting(function):
+        return lambda sql, values=(): (asked.append((sql, values)), function(sql, values))[1]
+
+    for name in ("execute", "one", "rows"):
+        monkeypatch.setattr(leases, name, noting(getattr(leases, name)))
+    world.task("B", auto_assign=True, requirements={"repo": "none"}, queue_timeout=1)
+    world.offline("dev")
+    far = time.time() + 10_000
+    leases.release_lost(far, 900)
+    assert leases.notice_unplaced(far) == 1
+    leases.end_alerts()
+    with models.transaction() as tx:
+        leases.translate(tx, 5.0)
+    assert len(asked) > 10
+    for sql, values in asked:
+        plan = [row[3] for row in models.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+        scans = [step for step in plan if step.startswith("SCAN") and "INDEX" not in step]
+        assert not [step for step in scans if step.split()[1] not in SMALL], sql
