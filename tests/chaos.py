@@ -366,7 +366,7 @@ class Verdict:
         for call in self.calls:
             getattr(self, f"_{call.verb}")(call)
         self._count("cancel", "task_cancelled")
-        self._count("retry", "task_retried", also="task_failed")
+        self._count("retry", "task_retried", also="task_released")  # what was lost
         self._order()
         self._ends()
         self._handed()
@@ -409,13 +409,21 @@ class Verdict:
     _retry = _cancel
 
     def _count(self, verb: str, event: str, also: str = "") -> None:
-        """As many of an event as calls were acknowledged, or up to as many more as are unknown."""
+        """As many of an event as calls were acknowledged, or up to as many more as are unknown.
+
+        also: what the call does in another state, and the hub by itself, as it does the event; then
+        there is no upper bound.
+        """
         sure, perhaps = Counter(), Counter()
         for call in self.calls:
             if call.verb == verb:
                 sure[call.about] += call.code == 200
                 perhaps[call.about] += call.code is None
-        happened = Counter(e["task_id"] for e in self.events if e["type"] == event)
+        happened = Counter(
+            e["task_id"]
+            for e in self.events
+            if e["type"] == event or (e["type"] == also and e["actor"] != "hub")
+        )
         for task in set(sure) | set(happened):
             self._says(
                 happened[task] >= sure[task], f"{verb} of {task} was acknowledged and is not"
