@@ -8,7 +8,6 @@ secret, so it can be said again after a restart and dies with the session.
 import hashlib
 import hmac
 import secrets
-import sys
 import threading
 import time
 from base64 import urlsafe_b64encode
@@ -34,6 +33,7 @@ from models import (
     clock,
     execute,
     iso,
+    offloop,
     one,
     rows,
     transaction,
@@ -202,16 +202,6 @@ def csrf_token(token_id: str) -> str:
 
 def csrf_matches(caller: Caller, given: str | None) -> bool:
     return bool(caller.token_id) and _same(csrf_token(caller.token_id), given or "")
-
-
-def offloop(function, *args):
-    """Run what burns CPU away from the event loop, when there is one."""
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey and monkey.is_module_patched("threading"):
-        import gevent
-
-        return gevent.get_hub().threadpool.apply(function, args)
-    return function(*args)
 
 
 # ── recognising a caller ──────────────────────────────────────────────────────────────────────

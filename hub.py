@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -278,6 +279,14 @@ def _settle(settings: dict) -> None:
     sessions.settle_recovering(time.time(), settings["grace_s"])
 
 
+def _run_job(function) -> None:
+    """What is looked for by the clock is looked for after a clock that was set has been heeded."""
+    if models.clock.set_by():
+        with models.transaction():
+            pass
+    function()
+
+
 def _job_failed(event) -> None:
     if isinstance(event.exception, models.Refused):  # the disk is full, for one: it says what to do
         log.error("job %s: %s", event.job_id, event.exception)
@@ -292,7 +301,8 @@ def start_jobs(settings: dict) -> BackgroundScheduler:
     )
     scheduler.add_listener(_job_failed, EVENT_JOB_ERROR)
     for name, seconds, function in jobs(settings):
-        scheduler.add_job(function, "interval", seconds=seconds, id=name, replace_existing=True)
+        run = functools.partial(_run_job, function)
+        scheduler.add_job(run, "interval", seconds=seconds, id=name, replace_existing=True)
     scheduler.start()
     return scheduler
 
@@ -425,6 +435,10 @@ def _server(sock: socket.socket, app: APIFlask):
         def __init__(self, connection, address, server):
             reader = connection.makefile("rb", READ_BYTES)
             super().__init__(connection, address, server, reader)
+
+        def handle(self):
+            with contextlib.suppress(OSError):  # they left before they were answered
+                super().handle()
 
         def get_environ(self):
             environ = super().get_environ()

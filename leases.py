@@ -91,19 +91,23 @@ def _still_away(server_id: str, since: float) -> bool:
 def notice_unplaced(now: float) -> int:
     """Open an alert for what has waited for a server for its `queue_timeout`: one for all tasks of
     a project that ask for the same; how many tasks were looked at."""
-    late = rows(
-        "SELECT * FROM task WHERE deadline_at <= ? AND waiting_since IS NOT NULL"
-        " ORDER BY deadline_at LIMIT ?",
-        (now, AT_ONCE),
-    )
-    if not late:
+    if not _late(now, 1):
         return 0
     with transaction() as tx:
+        late = _late(now, AT_ONCE)  # again: the clock may have been set
         for part, marks in in_chunks([task["id"] for task in late]):
             execute(f"UPDATE task SET deadline_at = NULL WHERE id IN {marks}", part)
         for task in {(t["project_id"], t["signature"]): t for t in reversed(late)}.values():
             _begin_unplaced(tx, task, now)
     return len(late)
+
+
+def _late(now: float, most: int) -> list[dict]:
+    return rows(
+        "SELECT * FROM task WHERE deadline_at <= ? AND waiting_since IS NOT NULL"
+        " ORDER BY deadline_at LIMIT ?",
+        (now, most),
+    )
 
 
 def _begin_unplaced(tx: Transaction, task: dict, now: float) -> None:

@@ -172,7 +172,18 @@ def offloop(function, *args):
         return function(*args)
     import gevent
 
-    return gevent.get_hub().threadpool.apply(function, args)
+    error, value = gevent.get_hub().threadpool.apply(_tried, (function, args))
+    if error:
+        raise error
+    return value
+
+
+def _tried(function, args) -> tuple[BaseException | None, object]:
+    """(error, value): what is raised on a native thread would be printed there as well."""
+    try:
+        return None, function(*args)
+    except Exception as error:
+        return error, None
 
 
 class HubDatabase(SqliteDatabase):

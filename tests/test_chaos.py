@@ -59,7 +59,7 @@ def lies(run: Run, database: Path, sql: str, *values) -> list[str]:
     tamper(database, sql, *values)
     run.hub.start()
     try:
-        return Verdict(run).check()
+        return Verdict(run).judge()
     finally:
         run.hub.stop()
         for part in ("-wal", "-shm"):
