@@ -157,21 +157,35 @@ class PollLink(Link):
     def __init__(self, server_id: str, instance: str):
         super().__init__(server_id, instance)
         self._answers: OrderedDict[int, list] = OrderedDict()
+        self._waiter = None  # the call that waits; a newer one means that it was cut off
 
     def answered(self, seq: int) -> list | None:
         return self._answers.get(seq)
 
     def remember(self, seq: int, frames: list) -> None:
-        self._answers[seq] = frames
-        while len(self._answers) > ANSWERS_KEPT:
-            self._answers.popitem(last=False)
+        with self._changed:
+            self._answers[seq] = frames
+            while len(self._answers) > ANSWERS_KEPT:
+                self._answers.popitem(last=False)
+            self._changed.notify_all()
 
-    def wait(self, seconds: float) -> list[dict]:
-        """Wait until there is something to say, at most so long; the frames."""
-        deadline = time.monotonic() + seconds
+    def wait(self, seq: int, seconds: float) -> list[dict] | None:
+        """Wait until there is something to say, at most so long; the frames. None for a call that
+        another has replaced: what there is to say is for that one, whose connection is alive."""
+        deadline, waiter = time.monotonic() + seconds, object()
+        with self._changed:
+            self._waiter = waiter
+            self._changed.notify_all()
         while True:
             with self._changed:
-                self._changed.wait_for(self._anything, max(0.0, deadline - time.monotonic()))
+                self._changed.wait_for(
+                    lambda: self._anything() or self._waiter is not waiter or seq in self._answers,
+                    max(0.0, deadline - time.monotonic()),
+                )
+                if self._waiter is not waiter:
+                    return None
+                if seq in self._answers:  # the call it repeats was answered, to nobody
+                    return self._answers[seq]
             frames = self.take()
             if frames or self.closed or self.revoked or time.monotonic() >= deadline:
                 return frames
@@ -415,7 +429,9 @@ def _exchange(caller: Caller, link: PollLink, call: Poll) -> list[dict]:
         link.acknowledged(call.frames)
         frames += link.take()
     else:
-        frames = link.wait(min(call.wait, WAIT_MOST_S))
+        frames = link.wait(call.seq, min(call.wait, WAIT_MOST_S))
+        if frames is None:
+            return []
     if link.revoked:
         links.drop(link)
         frames = []  # the key is not valid any more: the next call is told so

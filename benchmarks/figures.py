@@ -65,7 +65,7 @@ def machine(directory: str) -> dict:
 def machine_text(where: dict) -> str:
     """The machine in a line or two."""
     text = (
-        f"{where['directory']} on {where['filesystem']}, one fdatasync "
+        f"on {where['filesystem']}, one fdatasync "
         f"{where['fdatasync_p50_ms']} ms (p99 {where['fdatasync_p99_ms']} ms); "
         f"Python {where['python']}, SQLite {where['sqlite']}, {where['cpus']} processors, "
         f"load before it began {where['load']:.2f}"

@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from websockets.exceptions import ConnectionClosed
@@ -300,6 +301,33 @@ def test_an_older_agent_may_come_back_once_the_newer_one_is_silent(agent, wire):
 def test_a_poll_with_a_persons_token_is_refused(app, admin):
     answer = admin.post("server/poll", {"instance": "x", "seq": 1, "wait": 0, "frames": []})
     assert (answer.status_code, answer.json["code"]) == (403, "forbidden")
+
+
+@on_poll
+def test_a_waiting_call_that_is_repeated_gets_what_there_is_to_say(world, agent):
+    """The connection of the first may have been cut: what it took would be lost to it."""
+    link = sockets.links._links[world.servers["dev"]]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(agent.call, wait=20.0, seq=50)
+        wait_until(lambda: link._waiter)
+        before = link._waiter
+        second = pool.submit(agent.call, wait=20.0, seq=50)
+        wait_until(lambda: link._waiter is not before)
+        assert first.result(5) == []
+        world.task("A", command=["true"], auto_assign=True)
+        [sent] = second.result(5)
+    assert sent["type"] == "task_assigned"
+    assert agent.call(seq=50) == [sent]  # and so does a third
+
+
+@on_poll
+def test_a_waiting_call_that_is_repeated_while_the_first_is_answered_gets_the_same(world, agent):
+    link = sockets.links._links[world.servers["dev"]]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(link.wait, 60, 20.0)
+        wait_until(lambda: link._waiter)
+        link.remember(60, [{"type": "pong"}])
+        assert waiting.result(5) == [{"type": "pong"}]
 
 
 # ── commands ──────────────────────────────────────────────────────────────────────────────────
