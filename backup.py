@@ -31,6 +31,7 @@ from models import (
     offloop,
     one,
     rows,
+    since_epoch,
     transaction,
     writing_files,
 )
@@ -177,7 +178,8 @@ def _checked(folder: Path, schema: int) -> dict:
         raise Invalid(f"This is no backup of a hub, or it is cut off: {missing[0]} is missing.")
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
-        sums, needs = description["sha256"], int(description["schema"])
+        sums, needs = dict(description["sha256"]), int(description["schema"])
+        since_epoch(description["at"])
     except (ValueError, KeyError, TypeError):
         raise Invalid("The backup's description cannot be read: take another one.") from None
     if needs > schema:
@@ -250,12 +252,12 @@ def finish(data: Path) -> bool:
     if not (data / MARK).exists():
         return False
     with transaction() as tx:
-        begin_anew(tx, json.loads((data / MARK).read_text()).get("at"))
+        begin_anew(tx, json.loads((data / MARK).read_text())["at"])
     (data / MARK).unlink()
     return True
 
 
-def begin_anew(tx: Transaction, made_at: str | None) -> None:
+def begin_anew(tx: Transaction, made_at: str) -> None:
     """In the restored database: another epoch, nobody signed in, no new work for any server until
     somebody has looked at it."""
     execute("UPDATE meta SET value = ? WHERE key = 'hub_epoch'", (str(uuid.uuid4()),))
@@ -267,6 +269,7 @@ def begin_anew(tx: Transaction, made_at: str | None) -> None:
         "INSERT OR REPLACE INTO meta VALUES ('restored', ?)",
         (json.dumps([row["id"] for row in rows("SELECT id FROM server WHERE revoked = 0")]),),
     )
+    execute("INSERT OR REPLACE INTO meta VALUES ('backup_at', ?)", (str(since_epoch(made_at)),))
     tx.emit("hub_restored", None, HUB.actor, {"made_at": made_at})
 
 

@@ -384,6 +384,11 @@ def iso(at: float | None) -> str | None:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
+def since_epoch(at: str) -> float:
+    """Seconds since the epoch of a time in ISO 8601. ValueError or TypeError: it is none."""
+    return datetime.fromisoformat(at).timestamp()
+
+
 # ── the transaction ───────────────────────────────────────────────────────────────────────────
 
 EVENT_COLUMNS = (

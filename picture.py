@@ -3,7 +3,6 @@
 import math
 import unicodedata
 from collections import defaultdict
-from datetime import datetime
 from graphlib import TopologicalSorter
 
 NODE_W, NODE_H, GAP_X, GAP_Y, MARGIN = 224, 62, 64, 20, 8
@@ -271,11 +270,6 @@ def lasting(seconds: float) -> str:
     if whole >= 60:
         return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
     return f"{whole} s"
-
-
-def seconds_of(at: str | None) -> float | None:
-    """Seconds since 1970 of a time as the API shows it."""
-    return datetime.fromisoformat(at).timestamp() if at else None
 
 
 # ── load ──────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,6 @@ import time
 import uuid
 from base64 import b64decode
 from contextlib import suppress
-from datetime import datetime
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +45,7 @@ from models import (
     loads,
     one,
     rows,
+    since_epoch,
     transaction,
 )
 
@@ -797,7 +797,7 @@ def _times(given, size: int) -> list:
 
 def _when(at) -> float:
     try:
-        return datetime.fromisoformat(at).timestamp()
+        return since_epoch(at)
     except (TypeError, ValueError):
         return time.time()
 

@@ -27,7 +27,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import hypothesis
 import jsonschema_rs
@@ -442,11 +442,15 @@ def app(tmp_path):
     _close()
 
 
+DOCUMENT = "urn:orchestratia:openapi"
+
+
 class Documented:
     """What the OpenAPI document says of answers; every answer a test gets is held against it."""
 
     def __init__(self):
         self._paths = None
+        self._document = None  # one for all validators: a copy for each would take megabytes
         self._validators = {}
 
     def check(self, app, method: str, path: str, answer) -> None:
@@ -456,9 +460,14 @@ class Documented:
             return  # nothing is there
         if not rule.startswith("/api/"):
             return
-        self._paths = self._paths or app.test_client().get("/openapi.json").json
+        if not self._paths:
+            whole = app.test_client().get("/openapi.json").json
+            self._paths, self._document = (
+                whole["paths"],
+                jsonschema_rs.Registry([(DOCUMENT, whole)]),
+            )
         named = rule.replace("<", "{").replace(">", "}")
-        responses = self._paths["paths"][named][method.lower()]["responses"]
+        responses = self._paths[named][method.lower()]["responses"]
         assert str(answer.status_code) in responses, (method, named, answer.status_code)
         if answer.is_json:
             errors = self._validator(named, method, answer.status_code).iter_errors(answer.json)
@@ -467,10 +476,12 @@ class Documented:
     def _validator(self, path: str, method: str, status: int):
         key = path, method, status
         if key not in self._validators:
-            where = self._paths["paths"][path][method.lower()]["responses"][str(status)]
-            schema = where["content"]["application/json"]["schema"]
-            whole = schema | {"components": self._paths["components"]}
-            self._validators[key] = jsonschema_rs.Draft202012Validator(whole)
+            where = ("paths", path, method.lower(), "responses", str(status))
+            where += ("content", "application/json", "schema")
+            pointer = "/".join(quote(each.replace("/", "~1")) for each in where)
+            self._validators[key] = jsonschema_rs.Draft202012Validator(
+                {"$ref": f"{DOCUMENT}#/{pointer}"}, registry=self._document
+            )
         return self._validators[key]
 
 

@@ -41,9 +41,12 @@ def saved(world, tmp_path):
     return save
 
 
+YESTERDAY = "2026-11-21T06:00:00.000Z"
+
+
 def begin_anew(world) -> None:
     with models.transaction() as tx:
-        backup.begin_anew(tx, "yesterday")
+        backup.begin_anew(tx, YESTERDAY)
 
 
 # ── the archive ───────────────────────────────────────────────────────────────────────────────
@@ -97,6 +100,24 @@ def test_what_is_no_whole_backup_is_refused_and_leaves_nothing(world, saved, tmp
         backup.unpack(io.BytesIO(damaged(saved(), how)), tmp_path / "u", 99)
     assert "backup" in str(refused.value)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("wrong", [{"at": "yesterday"}, {"sha256": ["x"]}, {"schema": None}, None])
+def test_a_backup_whose_description_is_not_one_is_refused(world, saved, tmp_path, wrong):
+    with tarfile.open(fileobj=io.BytesIO(saved())) as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar}
+    described = json.loads(files["backup.json"])
+    files["backup.json"] = json.dumps(described | wrong if wrong else wrong).encode()
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for name, body in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+    made.seek(0)
+    with pytest.raises(Invalid, match="description cannot be read: take another one"):
+        backup.unpack(made, tmp_path / "u", 99)
+    assert not (tmp_path / "u").exists()
 
 
 def test_a_backup_of_a_newer_hub_is_refused(world, saved, tmp_path):
@@ -177,6 +198,8 @@ def test_nobody_is_signed_in_and_no_server_takes_new_work(world):
     epoch = models.epoch()
     begin_anew(world)
     assert models.epoch() != epoch
+    [made] = models.rows("SELECT value FROM meta WHERE key = 'backup_at'")
+    assert models.iso(float(made["value"])) == YESTERDAY  # not "none was ever made"
     with pytest.raises(Unauthorised):
         auth.by_token(token)
     world.task("A", auto_assign=True)
