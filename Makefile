@@ -36,7 +36,7 @@ demo: $(VENV)/run
 
 test: $(VENV)/dev check
 	@scripts/need.sh tmux=tmux git=git chromium=chromium
-	$(PY) -m pytest -n 3 --dist worksteal --reruns 1 -r R
+	$(PY) -m pytest -n 4 --dist worksteal --reruns 1 -r R
 
 faults: $(VENV)/dev
 	@scripts/need.sh tmux=tmux git=git
