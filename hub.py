@@ -252,7 +252,7 @@ def jobs(settings: dict):
 
 def _silence(settings: dict) -> None:
     sockets.notice_silence(settings["poll_silence_s"])
-    servers.notice_silence(settings["offline_after_s"])
+    sockets.links.hush(servers.notice_silence(settings["offline_after_s"]))
     if not leases.listening:
         leases.release_lost(time.time(), settings["lost_after_s"])
     leases.end_alerts()

@@ -140,6 +140,17 @@ class Link:
         """Frames for the moment as this agent understands them."""
         return frames
 
+    def speaks(self) -> None:
+        """Its agent is heard. After a silence its sessions are there again."""
+        self.heard = time.monotonic()
+        if self.silent:
+            self.silent = False
+            try:
+                wire.reconnected(self.server_id)
+            except BaseException:
+                self.silent = True
+                raise
+
     def supersede(self) -> None:
         """A newer connection of this server has taken over."""
         self.close()
@@ -361,6 +372,14 @@ class Links:
             link.silent = True
         return gone
 
+    def hush(self, server_ids: list[str]) -> None:
+        """These servers were called offline while their connections stand, as when a network
+        swallows what is sent: their sessions are there again once they speak."""
+        with self._lock:
+            for link in (self._links.get(each) for each in server_ids):
+                if link:
+                    link.silent = True
+
     def remind(self) -> None:
         now = time.monotonic()
         with self._lock:
@@ -381,7 +400,7 @@ links = Links()
 def notice_silence(seconds: float = wire.POLL_SILENCE_S) -> None:
     """Sessions of an agent that has not polled for so long are disconnected."""
     for link in links.silent(seconds):
-        wire.disconnected(link.server_id)
+        wire.disconnected(link.server_id, partial(getattr, link, "silent"))
 
 
 # ── the poll ──────────────────────────────────────────────────────────────────────────────────
@@ -416,10 +435,7 @@ def poll(json_data: Poll):
 
 
 def _exchange(caller: Caller, link: PollLink, call: Poll) -> list[dict]:
-    link.heard = time.monotonic()
-    if link.silent:
-        link.silent = False
-        wire.reconnected(caller.server_id)
+    link.speaks()
     done = link.answered(call.seq)
     if done is not None:
         return done
@@ -486,6 +502,7 @@ def _exchange_next(connection: Wire, caller: Caller, link: SocketLink) -> None:
     if link.revoked:  # they may not have read that yet
         raise Unauthorised(REVOKED_TEXT)
     servers.alive(caller.server_id)
+    link.speaks()
     link.answer(caller, texts)
 
 

@@ -429,10 +429,11 @@ def reconnected(server_id: str) -> None:
             sessions.move(tx, session, "reconnect", HUB.actor)
 
 
-def disconnected(server_id: str) -> None:
-    """The agent's connection went silent."""
+def disconnected(server_id: str, still=lambda: True) -> None:
+    """The agent's connection went silent. still: asked when we have the turn to change it."""
     with transaction() as tx:
-        sessions.disconnect(tx, server_id)
+        if still():
+            sessions.disconnect(tx, server_id)
 
 
 def _open_tasks_of(session: dict) -> list[dict]:

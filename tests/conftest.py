@@ -251,7 +251,9 @@ class World:
             heard, wall = servers._life._heard[quiet]
             servers._life._heard[quiet] = (heard - 1000, wall)
             servers._life._ticked = time.monotonic()
-        assert servers.notice_silence(500) == [quiet]
+        noticed = servers.notice_silence(500)
+        assert noticed == [quiet]
+        sockets.links.hush(noticed)
 
     def key(self, name: str) -> auth.Caller:
         """The server as a caller."""

@@ -233,6 +233,18 @@ def back(agent):
     return agent
 
 
+def whole_log(hub, session_id: str) -> bytes:
+    """The record of a session from its first byte to its last."""
+    pieces, offset = [], 0
+    while True:
+        answer = hub.ask("GET", f"sessions/{session_id}/output?offset={offset}")
+        assert answer.ok and int(answer.headers["X-Offset"]) == offset, answer.headers
+        if not answer.content:
+            return b"".join(pieces)
+        pieces.append(answer.content)
+        offset = int(answer.headers["X-Next-Offset"])
+
+
 # ── graphs ────────────────────────────────────────────────────────────────────────────────────
 
 # Says in a file that it runs, works a little, hands on a number that depends on what it was given.

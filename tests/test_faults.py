@@ -31,6 +31,7 @@ from faulting import (
     resources,
     stop_for,
     through,
+    whole_log,
 )
 
 DYING = Path(__file__).with_name("dying_hub.py")
@@ -238,6 +239,84 @@ def test_f7_a_short_partition_changes_nothing_of_a_task(shop, behind, case, carr
     assert row(shop, task["id"])["attempt"] == 1
     check(shop)
     case.seen = f"{carrier}: attempt 1 all the time"
+
+
+class Apart:
+    """A network of its own, joined to this one by a wire. Cut, it swallows what either side sends:
+    nothing is refused or reset, and the kernels on both sides send it again and again."""
+
+    def __init__(self):
+        self.name = f"orc-{os.getpid()}"
+        self.near, self.far = (f"10.213.{os.getpid() % 250}.{n}" for n in (1, 2))
+        self._wires = (f"a{os.getpid()}", f"b{os.getpid()}")
+        a, b = self._wires
+        self._ip("netns", "add", self.name)
+        self._ip("link", "add", a, "type", "veth", "peer", "name", b, "netns", self.name)
+        for wire, address, there in ((a, self.near, ()), (b, self.far, ("-n", self.name))):
+            self._ip(*there, "address", "add", f"{address}/30", "dev", wire)
+            self._ip(*there, "link", "set", wire, "up")
+
+    @staticmethod
+    def _ip(*argv: str) -> None:
+        subprocess.run(["ip", *argv], check=True, capture_output=True)
+
+    def _neighbours(self, what: str, *more: str) -> None:
+        a, b = self._wires
+        self._ip("neighbour", what, self.far, "dev", a, *more)
+        self._ip("-n", self.name, "neighbour", what, self.near, "dev", b, *more)
+
+    def cut(self) -> None:
+        self._neighbours("replace", "lladdr", "02:00:00:00:00:01", "nud", "permanent")
+
+    def heal(self) -> None:
+        self._neighbours("delete")
+
+    def close(self) -> None:
+        self._ip("netns", "delete", self.name)  # and the wire with it
+
+
+@pytest.fixture
+def apart():
+    if not LONG:
+        pytest.skip("a network is made by `make faults` alone, as root")
+    try:
+        made = Apart()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network may be made here: {error}")
+    yield made
+    made.close()
+
+
+@fault("F7 partition of a real network")
+def test_f7_a_network_that_swallows_everything_changes_nothing_of_a_task(
+    apart, start_hub, start_agent, tmp_path, case
+):
+    hub = start_hub(host=apart.near, **FAST)
+    hub.api("POST", "projects", {"name": "shop"})
+    agent = start_agent(hub, "one", slots=4)
+    agent.stop()
+    through(agent, hub)
+    agent.argv = ["ip", "netns", "exec", apart.name, *agent.argv]
+    back(agent)
+    go = tmp_path / "go"
+    counting = f"n=0; while [ ! -e {go} ]; do echo line $n; n=$((n+1)); sleep 0.01; done"
+    task = running(hub, worker(hub, "sh", "-c", counting))
+    for _ in range(max(1, N // 10)):
+        apart.cut()
+        if case.kills % 4 == 0:
+            wait_until(lambda: not agent.is_online(), 20)
+        else:
+            time.sleep(case.random.uniform(0.1, 2.0))
+        apart.heal()
+        case.kills += 1
+        wait_until(lambda: session_status(hub, task) == "active" and agent.is_online(), 60)
+    go.touch()
+    assert until_status(hub, task["id"], "done")["attempt"] == 1
+    wait_until(lambda: session_status(hub, task) == "closed")
+    lines = whole_log(hub, task["session_id"]).decode().split()[1::2]
+    assert lines == [str(n) for n in range(len(lines))] and lines
+    check(hub)
+    case.seen = f"attempt 1 all the time, {len(lines)} lines each once"
 
 
 @fault("F7, F11 long partition and a zombie's reports")

@@ -13,7 +13,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from conftest import wait_until
-from faulting import LONG, N, back, kill_agent, kill_hub, through
+from faulting import LONG, N, back, kill_agent, kill_hub, through, whole_log
 
 FAST = {"tick_s": 0.2, "due_s": 0.2, "heartbeat_s": 0.5, "offline_after_s": 4, "grace_s": 0.6}
 PACE_S = 0.015  # after every 100 lines, so that there is time for many deaths
@@ -70,18 +70,6 @@ def stored(hub, session_id: str) -> int:
     """Where the record ends; what the agent says of a session's end may still be on its way."""
     answer = hub.ask("GET", f"sessions/{session_id}/output?offset={2**53}")
     return int(answer.headers["X-Log-End"])
-
-
-def whole_log(hub, session_id: str) -> bytes:
-    """The record of a session from its first byte to its last."""
-    pieces, offset = [], 0
-    while True:
-        answer = hub.ask("GET", f"sessions/{session_id}/output?offset={offset}")
-        assert answer.ok and int(answer.headers["X-Offset"]) == offset, answer.headers
-        if not answer.content:
-            return b"".join(pieces)
-        pieces.append(answer.content)
-        offset = int(answer.headers["X-Next-Offset"])
 
 
 def compare(found: bytes, expected: bytes) -> None:

@@ -814,6 +814,44 @@ def test_sessions_are_disconnected_by_silence_and_active_again_at_the_next_sign(
     assert world.status("A") == "running"
 
 
+def test_a_server_called_offline_on_a_connection_that_stands_goes_on_when_it_speaks(
+    world, agent, worker
+):
+    """The network swallowed what was sent, and gave it up again: nobody has to connect anew."""
+    _, session_id = worker
+    world.offline("dev")
+    assert state(session_id) == "disconnected"
+    agent.call()
+    assert state(session_id) == "active" and world.status("A") == "running"
+
+
+@on_poll
+def test_an_agent_that_speaks_while_its_silence_is_noticed_is_not_silent(world, agent, worker):
+    _, session_id = worker
+    link = sockets.links._links[world.servers["dev"]]
+    with models.transaction():  # the notice waits for its turn, the agent comes first
+        noticing = threading.Thread(target=sockets.notice_silence, args=(0,))
+        noticing.start()
+        wait_until(lambda: link.silent)
+        link.silent = False
+    noticing.join()
+    assert state(session_id) == "active"
+
+
+def test_what_cannot_be_stored_of_an_agents_return_is_stored_when_it_speaks_again(
+    world, agent, worker, monkeypatch
+):
+    _, session_id = worker
+    world.offline("dev")
+    link = sockets.links._links[world.servers["dev"]]
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "LOCK_PATIENCE_S", 0.05)
+        with models.transaction(), ThreadPoolExecutor(1) as pool, pytest.raises(models.Busy):
+            pool.submit(link.speaks).result()
+    link.speaks()
+    assert state(session_id) == "active"
+
+
 def test_a_new_agent_process_recovers_its_sessions_for_a_grace(world, agent, worker, wire):
     _, session_id = worker
     fresh = wire("dev", spool_id=agent.spool_id)
