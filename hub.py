@@ -21,6 +21,7 @@ import threading
 import time
 from datetime import UTC
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 from apiflask import APIFlask
@@ -215,14 +216,24 @@ def open_data(settings: dict) -> None:
 
 
 def create_app(settings: dict) -> APIFlask:
-    """Wire the hub together, whose data is open; starts nothing."""
+    """The process's application, for a hub whose data is open; starts nothing."""
+    app = wired(urlsplit(settings["url"]).path.rstrip("/"))
+    app.config["HUB"] = settings
+    app.config["MAX_CONTENT_LENGTH"] = int(settings["max_body_mb"] * 1_000_000)
+    return app
+
+
+@functools.cache
+def wired(prefix: str) -> APIFlask:
+    """The application before it has settings: made once, for its hundreds of addresses take time.
+
+    prefix: the path of the hub's address, if it has one.
+    """
     app = APIFlask("orchestratia", title="Orchestratia", version=api.VERSION, docs_path=None)
     app.root_path = str(HERE)
     app.config["OPENAPI_VERSION"] = "3.1.0"
-    app.config["HUB"] = settings
     app.config["HUB_SETTINGS"] = [s for s in SETTINGS if s[0] not in SECRETS]
-    app.config["MAX_CONTENT_LENGTH"] = int(settings["max_body_mb"] * 1_000_000)
-    web.init_app(app)
+    web.init_app(app, prefix)
     document.init_app(app)
     app.register_blueprint(api.bp, url_prefix="/api/v1")
     app.register_blueprint(api.work, url_prefix="/api/v1")

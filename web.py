@@ -361,8 +361,7 @@ def _gzipped(data: bytes, name: str) -> bytes:
     return into.getvalue()
 
 
-def init_app(app) -> None:
-    prefix = urlsplit(app.config["HUB"]["url"]).path.rstrip("/")
+def init_app(app, prefix: str) -> None:
     app.config["AUTO_SERVERS"] = False  # they would name the scheme and host that the proxy uses
     app.config["SERVERS"] = [{"url": prefix or "/"}]
     if prefix:

@@ -15,16 +15,21 @@ open_browser  a signed-in page in a real Chromium; `problems` is what it complai
 until         waits for a condition
 """
 
+import atexit
+import contextlib
 import functools
 import json
 import logging
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections import Counter
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -426,18 +431,12 @@ def told(world, monkeypatch):
 # ── the application ───────────────────────────────────────────────────────────────────────────
 
 
-@functools.cache
-def wired():
-    """The application, made once: its hundreds of addresses take a tenth of a second."""
-    return hub_module.create_app(hub_module.read_settings({"url": "http://localhost"}, {}))
-
-
 @pytest.fixture
 def app(tmp_path):
-    application = wired()
     given = {"data": str(tmp_path / "hub"), "url": "http://localhost"}
-    application.config["HUB"] = hub_module.read_settings(given, {})
-    hub_module.open_data(application.config["HUB"])
+    settings = hub_module.read_settings(given, {})
+    application = hub_module.create_app(settings)
+    hub_module.open_data(settings)
     _forget_all()
     auth.first_admin(None)
     yield application
@@ -574,6 +573,30 @@ def served(app):
 # ── a real hub ────────────────────────────────────────────────────────────────────────────────
 
 
+@functools.cache
+def begun() -> tuple[Path, str]:
+    """A data directory after a hub's first start, and the token of its admin who signed in."""
+    folder = tempfile.TemporaryDirectory(prefix="orc-begun-")
+    atexit.register(folder.cleanup)
+    hub = HubProcess(Path(folder.name))  # which is there: nothing is taken from here
+    token = hub.login()
+    hub.stop()
+    return hub.data, token
+
+
+def begin_at(data: Path) -> str:
+    """Make a hub's data directory, as a first start and a sign-in leave it; the admin's token.
+
+    Passwords are slow to check by design, and hundreds of tests have a hub of their own.
+    """
+    source, token = begun()
+    shutil.copytree(source, data)
+    with contextlib.closing(sqlite3.connect(data / "hub.db")) as connection, connection:
+        epoch = str(uuid.uuid4())
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'hub_epoch'", (epoch,))
+    return token
+
+
 class HubProcess:
     """`python hub.py` on a free port, with the admin's password set; or another script."""
 
@@ -585,7 +608,7 @@ class HubProcess:
         self.http.trust_env = False
         self.lines: list[str] = []
         self.process = None
-        self.token = None
+        self.token = None if script or data.exists() else begin_at(data)
         self.url = ""
         self.start()
 

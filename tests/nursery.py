@@ -117,6 +117,7 @@ def main() -> int:
 
     import hub
 
+    hub.wired("")
     for line in sys.stdin:
         question = json.loads(line)
         if "ended" in question:
