@@ -55,6 +55,7 @@ import pages_tasks
 import pages_telegram
 import permissions
 import servers
+import serving
 import sessions
 import sockets
 import tasks
@@ -106,6 +107,7 @@ SETTINGS = (
     ("log_session_mb", 64.0, "most output kept of one session, the newest, in megabytes"),
     ("log_total_mb", 10240.0, "most output kept of all sessions together, in megabytes"),
     ("max_body_mb", 32.0, "largest request accepted, in megabytes"),
+    ("request_s", 75.0, "how long the head of a request may take to arrive, in seconds"),
     ("log_level", "INFO", "how much the hub logs: DEBUG, INFO, WARNING or ERROR"),
 )
 
@@ -118,7 +120,6 @@ KINDS = {str: "text", int: "a whole number", float: "a number"}
 # How long requests under way may take when the hub stops; idle connections would keep it for ever.
 STOPPING_S = 0.5
 RESTART_S = 0.5  # from the answer that says so to the restart
-READ_BYTES = 1024  # of a request, read at a time; every connection holds a buffer of this size
 
 
 class Discreet(logging.Formatter):
@@ -436,30 +437,6 @@ def _complain(sentence: str) -> int:
 DEEDS = {"login_link": print_login_link, "backup": write_backup, "restore": take_backup}
 
 
-def _server(sock: socket.socket, app: APIFlask):
-    from gevent.pool import Pool
-    from gevent.pywsgi import WSGIHandler, WSGIServer
-
-    class Handler(WSGIHandler):
-        """Holds little of a connection that lasts: there may be thousands."""
-
-        def __init__(self, connection, address, server):
-            reader = connection.makefile("rb", READ_BYTES)
-            super().__init__(connection, address, server, reader)
-
-        def handle(self):
-            with contextlib.suppress(OSError):  # they left before they were answered
-                super().handle()
-
-        def get_environ(self):
-            environ = super().get_environ()
-            self.headers = None  # the environment has them
-            return environ
-
-    # A pool, so that stopping waits for the requests under way before the database is closed.
-    return WSGIServer(sock, app, log=None, error_log=log, spawn=Pool(), handler_class=Handler)
-
-
 def serve(settings: dict) -> int:
     import gevent
 
@@ -472,6 +449,7 @@ def serve(settings: dict) -> int:
             file=sys.stderr,
         )
         return 1
+    serving.allow_many_connections()
     settings["port"] = sock.getsockname()[1]
     settings["url"] = (settings["url"] or f"http://{settings['host']}:{settings['port']}").rstrip(
         "/"
@@ -484,7 +462,7 @@ def serve(settings: dict) -> int:
     telegram.use_api(settings["telegram_api"])
     telegram_words.use_url(settings["url"])
     telegram.bots.start()
-    server = _server(sock, app)
+    server = serving.server(sock, app, settings["request_s"], log)
     stop, again = threading.Event(), threading.Event()
 
     def restart() -> None:

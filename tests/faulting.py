@@ -47,13 +47,27 @@ class Case:
         self.name = name
         self.seed = int(os.environ.get("FAULTS_SEED") or random.randrange(2**32))
         self.random = random.Random(self.seed)
-        self.kills, self.lost, self.seen = 0, 0, ""
+        self.kills, self.seen = 0, ""
+        self.accepted, self.lost = Counter(), 0
         self.began = time.monotonic()
         print(f"{name}: FAULTS_SEED={self.seed}")
 
+    def count(self, what: str, accepted: int, lost: int) -> None:
+        """So many tasks, bytes or the like were accepted, and so many of them are gone."""
+        self.accepted[what] += accepted
+        self.lost += lost
+        assert not lost, f"{lost} of {accepted} {what} are lost"
+
+    def check(self, hub, announced=()) -> None:
+        """What must hold of the hub's data, and that every task it has accepted is there."""
+        self.count("tasks", len(hub.accepted), len(hub.accepted - stored_tasks(hub)))
+        check(hub, announced)
+
     def report(self) -> None:
         took = round(time.monotonic() - self.began, 1)
-        row = [self.name, self.seed, self.kills, self.lost, took, self.seen]
+        of = " and ".join(f"{count:,} {what}" for what, count in self.accepted.items())
+        lost = f"{self.lost} of {of}" if of else "–"
+        row = [self.name, self.seed, self.kills, lost, took, self.seen or "FAILED"]
         self._record("fault", json.dumps(row))
 
 
@@ -304,7 +318,7 @@ class Graph:
         """How often the body of each task ran."""
         return Counter(line.split()[0] for line in self.journal.read_text().splitlines())
 
-    def check(self, case: Case | None = None) -> int:
+    def check(self) -> int:
         """Nothing lost: every body ran; how many ran once more than it had to."""
         bodies = self.bodies()
         assert set(bodies) == set(self.ids)
@@ -324,6 +338,11 @@ def reading(hub):
         yield db
     finally:
         db.close()
+
+
+def stored_tasks(hub) -> set[str]:
+    with reading(hub) as db:
+        return {task_id for (task_id,) in db.execute("SELECT id FROM task")}
 
 
 ENDS = {"task_completed", "task_failed", "task_released", "task_cancelled"}

@@ -328,6 +328,7 @@ def test_a_hub_begins_anew_while_its_agents_run_what_it_does_not_know(
     output = shop.ask("GET", f"sessions/{session}/output").content
     assert output.count(b"begun") == 1 and output.endswith(b"ended\r\n")
     check(shop)
+    case.count("tasks of the backup", 1, shop.api("GET", f"tasks/{known}")["status"] != "done")
     case.kills, case.seen = 1, "goes on with the known task; the unknown one's session is shown"
 
 
@@ -356,7 +357,8 @@ def test_a_backup_made_in_the_middle_of_work_is_whole(shop, start_agent, tmp_pat
         assert done.returncode == 0, done.stderr
         hub = start_hub(data=data)
         with reading(hub) as db:
-            assert db.execute("SELECT COUNT(*) FROM task").fetchone()[0] == 16
+            found = db.execute("SELECT COUNT(*) FROM task").fetchone()[0]
+        case.count("tasks", 16, 16 - found)
         check(hub)
         hub.stop()
     case.kills, case.seen = len(files), "each restored and checked"

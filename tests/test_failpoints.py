@@ -163,7 +163,8 @@ def finish(world) -> None:
 
 
 @pytest.mark.parametrize("deed", DEEDS)
-def test_a_statement_that_fails_undoes_the_deed(again, deed):
+@pytest.mark.fault("F24 each statement fails once in turn")
+def test_a_statement_that_fails_undoes_the_deed(again, deed, case):
     count = statements(again, deed)
     assert count > 3
     for number in range(1, count + 1):
@@ -184,10 +185,12 @@ def test_a_statement_that_fails_undoes_the_deed(again, deed):
             do(world, deed)  # said again it is done
             check_invariants()
         _close()
+    case.kills, case.seen = count, "undone each time, done when it was said again"
 
 
 @pytest.mark.parametrize("deed", DEEDS)
-def test_a_hub_killed_after_a_statement_has_done_all_or_nothing(again, deed, tmp_path):
+@pytest.mark.fault("F1 hub killed after each statement in turn")
+def test_a_hub_killed_after_a_statement_has_done_all_or_nothing(again, deed, tmp_path, case):
     count = statements(again, deed)
     done = 0
     for number in range(1, count + 1):
@@ -210,6 +213,7 @@ def test_a_hub_killed_after_a_statement_has_done_all_or_nothing(again, deed, tmp
             check_invariants()
         _close()
     assert done == 1, "only the last statement, the commit, makes it so"
+    case.kills, case.seen = count, f"nothing of it {count - 1} times, all of it after the commit"
 
 
 def die_in(folder, world, deed: str, number: int) -> None:

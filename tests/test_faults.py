@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from faulting import (
     N,
     Told,
     back,
-    check,
     check_resources,
     healthy,
     kill_agent,
@@ -114,7 +114,7 @@ def test_f1_a_hub_killed_at_random_moments_loses_no_task(shop, two, graph, case)
         case.kills += 1
     graph.wait()
     healthy(shop)
-    check(shop, told.finish())
+    case.check(shop, told.finish())
     case.seen = f"{len(graph.ids)} tasks, {graph.check()} bodies twice"
     check_resources(before, shop)
 
@@ -128,7 +128,7 @@ def test_f1_agents_killed_at_random_moments_lose_no_task(shop, two, graph, case)
         kill_agent(case.random.choice(two))
         case.kills += 1
     graph.wait()
-    check(shop)
+    case.check(shop)
     case.seen = f"{len(graph.ids)} tasks, {graph.check()} bodies twice"
 
 
@@ -156,7 +156,7 @@ def test_f2_f3_a_hub_that_dies_before_it_tells_tells_afterwards(
         graph.ids = [task_id for (task_id,) in db.execute("SELECT id FROM task")]
         sessions = db.execute("SELECT COUNT(DISTINCT task_id), COUNT(*) FROM session").fetchone()
     graph.wait()
-    check(hub, told.finish())
+    case.check(hub, told.finish())
     assert sessions[0] == sessions[1], "a second session was started"
     assert graph.check() == 0, "a body ran twice"
     case.seen = f"{place}: {len(graph.ids)} tasks, 0 bodies twice"
@@ -196,7 +196,7 @@ def test_f6_after_a_reboot_each_task_is_tried_again_or_asks_never_both(shop, two
         for task_id in ids.values():
             shop.api("DELETE", f"tasks/{task_id}")
         wait_until(lambda: not shop.api("GET", "alerts?status=open")["alerts"], 10)
-    check(shop)
+    case.check(shop)
     case.seen = "retried at once, or asked"
 
 
@@ -237,7 +237,7 @@ def test_f7_a_short_partition_changes_nothing_of_a_task(shop, behind, case, carr
     said = [t for t in types(shop, task["id"]) if t.startswith("task_")]
     assert said == [t for t in before if t.startswith("task_")]
     assert row(shop, task["id"])["attempt"] == 1
-    check(shop)
+    case.check(shop)
     case.seen = f"{carrier}: attempt 1 all the time"
 
 
@@ -315,7 +315,7 @@ def test_f7_a_network_that_swallows_everything_changes_nothing_of_a_task(
     wait_until(lambda: session_status(hub, task) == "closed")
     lines = whole_log(hub, task["session_id"]).decode().split()[1::2]
     assert lines == [str(n) for n in range(len(lines))] and lines
-    check(hub)
+    case.check(hub)
     case.seen = f"attempt 1 all the time, {len(lines)} lines each once"
 
 
@@ -347,7 +347,7 @@ def test_f7_f11_after_a_long_partition_the_work_is_elsewhere_and_the_zombie_chan
         assert ran.read_text().split() == ["x", "x"]
         go.unlink()
         other.stop()
-    check(shop)
+    case.check(shop)
     case.seen = "late report kept, attempt 2 stands"
 
 
@@ -373,7 +373,7 @@ def test_f8_a_completion_whose_answer_is_lost_is_told_again_and_counts_once(
         assert types(shop, after).count("task_unblocked") == 1
         case.kills += 1
     assert proxy.cuts == N
-    check(shop)
+    case.check(shop)
     case.seen = "each told twice, counted once"
 
 
@@ -385,7 +385,7 @@ def test_f8_calls_of_an_agent_that_arrive_twice_have_one_effect(shop, behind, tm
     graph = Graph(shop, tmp_path)
     graph.make(layers=3 + N // 10, width=3, dice=case.random)
     graph.wait()
-    check(shop)
+    case.check(shop)
     assert graph.check() == 0
     assert proxy.repeated > 10
     case.kills, case.seen = proxy.repeated, "0 bodies twice"
@@ -411,7 +411,7 @@ def test_f9_an_agent_that_is_not_heard_is_offline_and_its_commands_wait(
     proxy.heal()
     case.kills += 1
     assert until_status(shop, task_id, "done")["attempt"] == 1
-    check(shop)
+    case.check(shop)
     case.seen = f"{carrier}: offline, nothing delivered, then done"
 
 
@@ -423,7 +423,7 @@ def test_a_slow_network_only_takes_longer(shop, behind, tmp_path, case):
     graph = Graph(shop, tmp_path)
     graph.make(layers=3, width=2, dice=case.random)
     graph.wait()
-    check(shop)
+    case.check(shop)
     assert graph.check() == 0
     case.seen = "6 tasks, 0 bodies twice"
 
@@ -452,7 +452,7 @@ def test_f10_fifty_equal_completions_at_once_are_one(shop, key, case):
         assert types(shop, task_id).count("task_completed") == 1
         assert types(shop, after).count("task_auto_assigned") == 1
         case.kills += 50
-    check(shop)
+    case.check(shop)
     case.seen = "one transition each"
 
 
@@ -479,11 +479,93 @@ def test_f12_of_two_ends_at_once_the_first_stands_and_the_other_is_kept(shop, ke
         assert said.count("late_report") == 1
         won += [end for end, answer in answers.items() if answer.ok]
         case.kills += 1
-    check(shop)
+    case.check(shop)
     case.seen = f"complete won {won.count('complete')}, fail {won.count('fail')}"
 
 
+# ── typing ────────────────────────────────────────────────────────────────────────────────────
+
+
+@fault("F14 agent killed while a text is typed")
+@pytest.mark.hub(**FAST)
+def test_f14_a_text_is_submitted_whole_and_once_or_not_at_all(shop, two, tmp_path, case):
+    agent, tries = two[0], []
+    with ThreadPoolExecutor(N) as pool:
+        for n in range(N):
+            file = tmp_path / f"typed{n}"
+            session = plain_session(shop, agent, "python3", "-c", READER, str(file))
+            wait_until(file.exists)
+            size = case.random.choice((1, 200, 20_000, 900_000))
+            text = "".join(f"{line:06d}\n" for line in range(size // 7 + 1))[:size].strip()
+            said = pool.submit(typed, shop, session, text)
+            time.sleep(case.random.uniform(0, 0.3))
+            kill_agent(agent)
+            tries.append((file, text.encode(), said))
+            case.kills += 1
+            wait_until(lambda s=session: session_status(shop, {"session_id": s["id"]}) == "active")
+    seen = Counter()
+    for file, text, said in tries:
+        found = file.read_bytes().replace(b"\x1b[200~", b"").replace(b"\x1b[201~", b"")
+        submitted = found.endswith(b"\r")
+        assert text.startswith(found.removesuffix(b"\r")), "something else, or twice"
+        assert not submitted or found == text + b"\r", "half of it was submitted"
+        assert submitted or said.result().status_code == 409, "said to be typed, and is not"
+        seen["submitted" if submitted else "not submitted"] += 1
+    case.seen = ", ".join(f"{n} {what}" for what, n in sorted(seen.items()))
+
+
 # ── clocks and pauses ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("by", [7200, -7200])
+@fault("F15 an agent's clock is off")
+@pytest.mark.hub(**FAST)
+def test_f15_a_server_whose_clock_is_off_works_like_any_other(
+    shop, start_agent, cli, tmp_path, case, by
+):
+    agent = start_agent(shop, "dev")
+    agent.stop()
+    through(agent, shop)
+    agent.argv[1:1] = ["-c", OTHER_TIME, str(by)]
+    back(agent)
+    hour = time.time()
+    graph = Graph(shop, tmp_path)
+    graph.make(layers=3, width=2, timeout=60, start_timeout=30)
+    task = running(shop, worker(shop, "sleep", "1000", timeout=600))
+    kill_agent(agent)
+    graph.wait()
+    assert agent.is_online() and row(shop, task["id"])["attempt"] == 1
+    said = {e["type"] for e in shop.api("GET", "events?limit=1000")["events"]}
+    assert not said & {"clock_set", "session_lost", "task_failed", "task_released"}
+    assert shop.api("GET", "alerts?status=open")["alerts"] == []
+    with reading(shop) as db:  # what is shown of sessions is by the hub's clock
+        for began, activity, progress in db.execute(
+            "SELECT state_at, activity_at, progress_at FROM session"
+        ):
+            for at in (began, activity, progress):
+                assert at is None or hour - 60 < at < time.time() + 60
+    case.check(shop)
+    case.kills, case.seen = 1, f"{by:+} s: {graph.check()} bodies twice, nothing timed out"
+
+
+# `python -c OTHER_TIME SECONDS agent.py …`: the agent, with a wall clock that is as far off.
+OTHER_TIME = """
+import runpy, sys, time
+real, by = time.time, float(sys.argv[1])
+time.time = lambda: real() + by
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# Writes down what is typed into it, byte by byte.
+READER = """
+import os, sys, tty
+tty.setraw(0)
+os.write(1, b"\\x1b[?2004hready")
+with open(sys.argv[1], "wb", buffering=0) as file:
+    while data := os.read(0, 65536):
+        file.write(data)
+        os.write(1, b"." if len(data) < 99 else b"#")
+"""
 
 
 @pytest.mark.parametrize("by", [3600, -3600])
@@ -506,7 +588,7 @@ def test_f15_a_clock_that_jumps_loses_nobody(start_hub, start_agent, tmp_path, c
     assert agent.is_online() and row(hub, task["id"])["attempt"] == 1
     assert hub.api("GET", "alerts?status=open")["alerts"] == []
     assert row(hub, waiting)["status"] == "pending"
-    check(hub)
+    case.check(hub)
     case.kills, case.seen = 1, f"{by:+} s: nobody lost, nothing timed out"
 
 
@@ -523,7 +605,7 @@ def test_f16_a_hub_that_was_stopped_blames_nobody(shop, two, graph, case):
     said = {e["type"] for e in shop.api("GET", "events?limit=1000")["events"]}
     assert not said & {"server_offline", "session_lost", "task_failed", "task_released"}
     assert row(shop, task["id"])["attempt"] == 1
-    check(shop)
+    case.check(shop)
     assert graph.check() == 0
     case.seen = "no mass loss"
 
@@ -536,7 +618,7 @@ def test_f16_agents_that_were_stopped_go_on(shop, two, graph, case):
         stop_for(agent.process.pid, 1.5)
         case.kills += 1
     graph.wait()
-    check(shop)
+    case.check(shop)
     case.seen = f"{graph.check()} bodies twice"
 
 
@@ -628,7 +710,7 @@ def _without_room(shop, _agents, graph, case, disk) -> None:
     expected = "".join(f"line {n}\r\n" for n in range(100)).encode()
     path = f"sessions/{printer['session_id']}/output"
     wait_until(lambda: shop.ask("GET", path).content == expected, 20)
-    check(shop)
+    case.check(shop)
     case.seen = f"refused {refused} times in the last 2 s, all accepted kept"
 
 
@@ -652,7 +734,7 @@ def test_f18_an_agent_whose_disk_is_full_finishes_nothing_it_cannot_say(shop, tw
     case.kills += 1
     graph.wait()
     wait_until(lambda: not shop.api("GET", "alerts?status=open")["alerts"], 20)
-    check(shop)
+    case.check(shop)
     case.seen = f"{graph.check()} bodies twice"
 
 
@@ -680,7 +762,7 @@ def test_f19_a_database_held_by_another_is_refused_in_words_and_reads_go_on(shop
         healthy(shop)
     other.close()
     graph.wait()
-    check(shop)
+    case.check(shop)
     case.seen = "503 meanwhile, reads went on"
 
 
@@ -703,7 +785,7 @@ def test_f29_the_log_of_the_database_stays_small_under_steady_work(shop, key, ca
         slowest = max(slowest, time.monotonic() - began)
     wal = (shop.data / "hub.db-wal").stat().st_size
     assert wal < 8000 * 4096 * 1.5, "the write-ahead log is not copied home"
-    check(shop)
+    case.check(shop)
     case.seen = f"{count} in a row, slowest {slowest * 1000:.0f} ms, WAL {wal / 1e6:.1f} MB"
 
 
@@ -719,7 +801,7 @@ def test_f32_after_a_restart_everybody_is_back_soon(shop, two, case):
         case.seen = f"back after {time.monotonic() - began:.1f} s"
     said = {e["type"] for e in shop.api("GET", "events?limit=1000")["events"]}
     assert "server_offline" not in said
-    check(shop)
+    case.check(shop)
 
 
 def _connected(hub, agent) -> bool:

@@ -20,7 +20,7 @@ import logs
 import models
 import sessions
 from conftest import World, _close, _forget_all, check_invariants, wait_until
-from faulting import FAST, LONG, Graph, N, Told, back, check, healthy, reading, through
+from faulting import FAST, LONG, Graph, N, Told, back, healthy, reading, through
 
 pytestmark = pytest.mark.timeout(7200 if LONG else 240)
 
@@ -174,10 +174,11 @@ def _apply(content: bytearray, step: tuple, dice: random.Random | None) -> None:
 def test_f4_what_was_announced_is_on_the_disk_when_power_fails(tmp_path, case):
     steps = _recorded(tmp_path)
     assert {"hub.db", "hub.db-wal"} <= {step[1] for step in steps if step[0] != "told"}
-    stored = [_cut(steps, tmp_path, case.random) for _ in range(20 * N)]
-    assert max(stored) > 100
-    case.kills = len(stored)
-    case.seen = f"{len(steps)} writes and syncs; nothing announced was missing"
+    cuts = [_cut(steps, tmp_path, case.random) for _ in range(20 * N)]
+    assert max(stored for _, stored in cuts) > 100
+    case.kills = len(cuts)
+    case.count("announced events", sum(a for a, _ in cuts), sum(max(0, a - s) for a, s in cuts))
+    case.seen = f"cut somewhere in {len(steps)} writes and syncs"
 
 
 def test_power_loss_shows_a_database_that_does_not_wait_for_the_disk(tmp_path, monkeypatch):
@@ -187,7 +188,8 @@ def test_power_loss_shows_a_database_that_does_not_wait_for_the_disk(tmp_path, m
     steps, dice = _recorded(tmp_path), random.Random(4)
     with pytest.raises((AssertionError, sqlite3.DatabaseError)):
         for _ in range(100):
-            _cut(steps, tmp_path, dice)
+            announced, stored = _cut(steps, tmp_path, dice)
+            assert stored >= announced
 
 
 def _recorded(folder: Path) -> list[tuple]:
@@ -197,15 +199,15 @@ def _recorded(folder: Path) -> list[tuple]:
     return recorder.steps
 
 
-def _cut(steps: list[tuple], folder: Path, dice: random.Random) -> int:
-    """Power fails at some step; the last event that is stored, which must be what was announced."""
+def _cut(steps: list[tuple], folder: Path, dice: random.Random) -> tuple[int, int]:
+    """Power fails at some step: the last event that was announced, and the last that is stored."""
     at = dice.randrange(len(steps))
     with tempfile.TemporaryDirectory(dir=folder) as cut:
         for name, content in after_power_loss(steps, at, dice).items():
             if name.startswith("hub.db"):
                 (Path(cut) / name).write_bytes(content)
         announced = [step[1] for step in steps[:at] if step[0] == "told"]
-        return _stored(Path(cut) / "hub.db", announced[-1] if announced else 0)
+        return (announced[-1] if announced else 0), _stored(Path(cut) / "hub.db")
 
 
 def _work(recorder: Recorder, folder: Path) -> None:
@@ -238,19 +240,16 @@ def _work(recorder: Recorder, folder: Path) -> None:
         _close()
 
 
-def _stored(path: Path, announced: int) -> int:
-    """The last event that is stored; it must be there if it was announced, and the file sound."""
-    if not announced and not (path.exists() and path.stat().st_size):
+def _stored(path: Path) -> int:
+    """The last event that is stored in a file that must be sound."""
+    if not (path.exists() and path.stat().st_size):
         return 0
     db = sqlite3.connect(path)
     try:
         assert db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'event'").fetchone():
-            assert not announced
             return 0
-        last = db.execute("SELECT COALESCE(MAX(id), 0) FROM event").fetchone()[0]
-        assert last >= announced, f"{announced} was announced, {last} is stored"
-        return last
+        return db.execute("SELECT COALESCE(MAX(id), 0) FROM event").fetchone()[0]
     finally:
         db.close()
 
@@ -260,7 +259,7 @@ def _stored(path: Path, announced: int) -> int:
 
 @pytest.mark.fault("F25 a random graph with failing tasks, against a model")
 def test_f25_what_fails_blocks_just_what_a_plain_model_says(world, case):
-    count, edges = 17 * N, 50 * N
+    count, edges = 25 * N, 75 * N  # 5,000 and 15,000 in the long run
     world.server("big", slots=10_000)
     ups = {n: set() for n in range(count)}
     while sum(map(len, ups.values())) < edges:
@@ -277,7 +276,8 @@ def test_f25_what_fails_blocks_just_what_a_plain_model_says(world, case):
     for n in range(count):
         free = all(expected[up] == "done" for up in ups[n])
         expected[n] = ("failed" if n in fails else "done") if free else "blocked"
-    assert {n: world.shown(str(n)) for n in range(count)} == expected
+    wrong = [n for n in range(count) if world.shown(str(n)) != expected[n]]
+    case.count("tasks", count, len(wrong))
     check_invariants()
     spread = ", ".join(f"{v} {k}" for k, v in sorted(Counter(expected.values()).items()))
     case.seen = f"{count} tasks, {edges} edges: {spread}"
@@ -311,6 +311,7 @@ def test_f28_a_wide_fan_fills_no_server_beyond_its_slots_and_is_fair(world, case
         world.complete(str(first), "x")
     assert order == sorted(order), "who waited longer came later"
     assert min(taken.values()) >= count // 3 - 6, taken
+    case.count("tasks", count, count - len(order))
     check_invariants()
     case.seen = f"1 → {count} in {fan_ms:.0f} ms; {dict(taken)}"
 
@@ -369,7 +370,7 @@ def test_f30_an_upgrade_in_mid_work_goes_on_and_an_older_hub_refuses_newer_data(
     case.kills += 1
     shop.start()
     graph.wait()
-    check(shop, told.finish())
+    case.check(shop, told.finish())
     with reading(shop) as db:
         assert "next_word" in {row[1] for row in db.execute("PRAGMA table_info(task)")}
     shop.stop()
@@ -403,7 +404,7 @@ def test_f32_agents_that_reconnect_all_at_once_are_served_and_none_is_called_off
         wait_until(lambda: online(shop) == count, 20)
     said = Counter(e["type"] for e in shop.api("GET", "events?limit=1000")["events"])
     assert said["server_offline"] == 0
-    check(shop)
+    case.check(shop)
     case.kills, case.seen = 1, f"{count} agents back in {took:.1f} s, none called offline"
 
 

@@ -40,7 +40,7 @@ LAYERS = (
         "metrics",
     )
     + ("telegram_text", "telegram_words", "telegram_acts", "telegram"),
-    ("hub",),
+    ("serving", "hub"),
 )
 ALONE = {"agent", "cli"}  # import nothing of ours, and nobody imports them
 INDEPENDENT = {"cascade", "rules", "bus"}

@@ -14,6 +14,7 @@ import sessions
 import tasks
 import wire
 from auth import HUB
+from faulting import N
 from models import Busy, Conflict, Refused, Unauthorised, transaction
 
 DIAMONDS = 1000
@@ -45,7 +46,8 @@ def pair():
     made.pool.shutdown()
 
 
-def test_two_workers_end_the_last_two_upstreams_at_once_a_thousand_times(world, pair):
+@pytest.mark.fault("F27 the last two upstreams end at once")
+def test_two_workers_end_the_last_two_upstreams_at_once_a_thousand_times(world, pair, case):
     world.server("dev", slots=10_000)
     shop = world.project("shop")
     ends = []
@@ -78,6 +80,8 @@ def test_two_workers_end_the_last_two_upstreams_at_once_a_thousand_times(world, 
     unblocked = models.one("SELECT COUNT(*) AS n FROM event WHERE type = 'task_unblocked'")
     assert unblocked["n"] == DIAMONDS
     world.check()
+    case.count("tasks", 3 * DIAMONDS, 3 * DIAMONDS - given[1])
+    case.kills, case.seen = DIAMONDS, "each downstream started once"
 
 
 def at_once(count: int, deed) -> list:
@@ -169,8 +173,9 @@ def test_a_registration_token_is_won_by_one(world):
     assert models.one("SELECT COUNT(*) AS n FROM server")["n"] == 1
 
 
-def test_a_cycle_cannot_be_made_by_two_halves_at_once(world, pair):
-    for n in range(50):
+@pytest.mark.fault("F26 two halves of a cycle at once")
+def test_a_cycle_cannot_be_made_by_two_halves_at_once(world, pair, case):
+    for n in range(5 * N):
         a, b = world.task(f"a{n}")["id"], world.task(f"b{n}")["id"]
 
         def half(one, other):
@@ -184,18 +189,23 @@ def test_a_cycle_cannot_be_made_by_two_halves_at_once(world, pair):
 
         done = pair.both(lambda a=a, b=b: half(a, b), lambda a=a, b=b: half(b, a))
         assert sorted(done) == ["cycle", "made"]
+        case.kills += 1
+    case.seen = "one is made, the other refused"
 
 
-def test_a_dependency_added_while_its_upstream_ends_is_counted_once(world, pair):
-    world.server("dev", slots=500)
-    for n in range(100):
+@pytest.mark.fault("F26 a dependency is added while its upstream ends")
+def test_a_dependency_added_while_its_upstream_ends_is_counted_once(world, pair, case):
+    world.server("dev", slots=5000)
+    for n in range(10 * N):
         world.working(f"a{n}")
         world.task(f"b{n}")
         pair.both(lambda n=n: world.complete(f"a{n}"), lambda n=n: world.depend(f"b{n}", f"a{n}"))
         row = world.row(f"b{n}")
         [link] = world.json(f"b{n}")["dependencies"]
         assert (row["open_deps"], link["resolved"]) == (0, True)
+        case.kills += 1
     world.check()
+    case.seen = "counted once each time"
 
 
 def test_a_spooled_frame_that_arrives_twice_at_once_is_handled_once(world):

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from conftest import ROOT, wait_until
+from faulting import LONG
 from test_live_security import RESUME, Agent, Person, output
 from test_ws import CLOSE, PING, TEXT, Raw, farewell, frame, text
 
@@ -155,7 +156,8 @@ class Asker(threading.Thread):
             self.took.append(time.monotonic() - began)
 
 
-def test_a_slow_watcher_beside_a_good_one_while_100_mb_are_printed(stage):
+@pytest.mark.fault("F20 a browser that reads 10 KB a second while 100 MB are printed")
+def test_a_slow_watcher_beside_a_good_one_while_100_mb_are_printed(stage, case):
     good = Reader(stage.watch())
     wait_until(lambda: good.offset is not None)
     slow_raw = stage.watch(keep=4096)
@@ -170,14 +172,18 @@ def test_a_slow_watcher_beside_a_good_one_while_100_mb_are_printed(stage):
         if sent % (100 * CHUNK) == 0:
             most = max(most, stage.rss())
     wait_until(lambda: good.count >= sent, 30)
-    assert good.count == sent and good.wrong == []
+    assert good.wrong == []
+    case.count("bytes", sent, sent - good.count)
     assert most - before < 30_000_000
     slow.hurry.set()
     slow.join(10)
-    assert marks_of(slow_raw, stage) > FLOOD / 2
+    skipped = marks_of(slow_raw, stage)
+    assert skipped > FLOOD / 2
     asker.stop.set()
     asker.join(30)
     assert len(asker.took) > 20 and statistics.median(asker.took) < 0.5 and max(asker.took) < 5
+    case.kills, grew = 1, (most - before) / 1e6
+    case.seen = f"{skipped / 1e6:.0f} MB marked as skipped for the slow one; memory {grew:+.0f} MB"
     slow_raw.close()
     good.raw.reset()
 
@@ -254,16 +260,18 @@ def test_a_flooding_agent_does_not_hold_up_the_keys_of_another(stage):
     echo.close()
 
 
-def test_two_hundred_sockets_that_vanish_are_let_go(hurried):
+@pytest.mark.fault("F21 browsers vanish without a word")
+def test_sockets_that_vanish_are_let_go(hurried, case):
+    count = 500 if LONG else 200
     hurried.watch().close()
     wait_until(hurried.unwatched)
     fds, threads, before = hurried.fds(), hurried.threads(), hurried.rss()
     gone = [
         hurried.watch(path, keep=4096)
         for path in (hurried.path, "/ws/dashboard")
-        for _ in range(100)
+        for _ in range(count // 2)
     ]
-    assert hurried.fds() > fds + 190
+    assert hurried.fds() > fds + count - 10
     printing = threading.Event()
 
     def print_on():
@@ -282,6 +290,7 @@ def test_two_hundred_sockets_that_vanish_are_let_go(hurried):
     for raw in gone:
         raw.close()
     assert hurried.agent.code is None
+    case.kills, case.seen = count, "files and threads are back where they were"
 
 
 def test_a_thousand_who_come_and_go_leave_nothing(hurried):

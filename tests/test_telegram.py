@@ -823,7 +823,8 @@ def test_a_telegram_that_fails_loses_nothing(told, fault):
     assert sum("look here" in text for text in olga.chat.shown()) == (3 if unsure else 1)
 
 
-def test_what_is_said_while_telegram_is_away_is_said_when_it_is_back(told):
+@pytest.mark.fault("F34 Telegram is away")
+def test_what_is_said_while_telegram_is_away_is_said_when_it_is_back(told, case):
     olga = told.pair("olga")
     told.server.down = True
     for number in range(3):
@@ -840,6 +841,9 @@ def test_what_is_said_while_telegram_is_away_is_said_when_it_is_back(told):
     told.quiet()
     assert not any("Gone?" in text for text in olga.chat.shown())
     assert intervention(asked)["status"] == "pending"
+    said = [text for text in olga.chat.shown() if "note " in text or "JWT" in text]
+    case.count("messages", 4, 4 - len(said))
+    case.kills, case.seen = 1, "said when it was back, once; what had ended meanwhile is not said"
 
 
 def test_telegram_is_left_alone_for_as_long_as_it_says(told):
@@ -860,7 +864,8 @@ def test_a_poll_that_fails_is_asked_again(told, fault):
     told.shown(olga, "servers online")
 
 
-def test_an_update_that_comes_twice_acts_once(told):
+@pytest.mark.fault("F34 updates of Telegram arrive twice")
+def test_an_update_that_comes_twice_acts_once(told, case):
     olga = told.pair("olga")
     olga.says("/new Only once")
     told.shown(olga, "Only once")
@@ -872,6 +877,7 @@ def test_an_update_that_comes_twice_acts_once(told):
     olga.says("/servers")
     told.shown(olga, "Servers")
     assert len(models.rows("SELECT * FROM task WHERE title = 'Only once'")) == 1
+    case.kills, case.seen = 2, "each acts once, over a restart too"
 
 
 def test_updates_out_of_order_are_all_handled(told):
