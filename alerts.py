@@ -88,13 +88,14 @@ def over(tx: Transaction, session_id: str, *kinds: str, actor: str = HUB.actor) 
 
 
 def end(tx: Transaction, alert: dict, actor: str = HUB.actor) -> None:
-    """What this alert (a row) was about has passed."""
-    execute(
+    """What this alert (a row) was about has passed; nothing happens if it has ended already."""
+    ended = execute(
         "UPDATE alert SET status = 'over', ended_by = ?, ended_at = ?"
         " WHERE id = ? AND status = 'open'",
         (actor, tx.now, alert["id"]),
     )
-    _emit(tx, alert, "alert_ended", actor, {"status": "over"})
+    if ended.rowcount == 1:
+        _emit(tx, alert, "alert_ended", actor, {"status": "over"})
 
 
 def dismiss(caller: Caller, ref: str) -> dict:

@@ -7,6 +7,7 @@ secret, so it can be said again after a restart and dies with the session.
 
 import hashlib
 import hmac
+import os
 import secrets
 import threading
 import time
@@ -29,6 +30,7 @@ from models import (
     Token,
     TooMany,
     Unauthorised,
+    UnusableData,
     User,
     clock,
     execute,
@@ -36,6 +38,7 @@ from models import (
     offloop,
     one,
     rows,
+    sync_folder,
     transaction,
 )
 
@@ -168,13 +171,35 @@ def pick_project(caller: Caller, given: str | None) -> dict:
 _secret = b""
 
 
+SECRET_BYTES = 32
+
+
 def use_secret(path: Path) -> None:
-    """Load the hub's secret (32 random bytes in a 0600 file of their own), making it once."""
+    """Load the hub's secret (random bytes in a 0600 file of their own), making it once.
+
+    It is there whole or not at all, whenever the process or the power dies: with an empty one
+    anybody could make keys. Raises UnusableData for one that is not whole.
+    """
     global _secret
     if not path.exists():
-        path.touch(mode=0o600)
-        path.write_bytes(secrets.token_bytes(32))
-    _secret = path.read_bytes()
+        _make_secret(path)
+    found = path.read_bytes()
+    if len(found) != SECRET_BYTES:
+        raise UnusableData(
+            f"{path} has {len(found)} bytes in place of {SECRET_BYTES}: put the one of a backup "
+            "there, or remove it, which ends the keys of all sessions that run."
+        )
+    _secret = found
+
+
+def _make_secret(path: Path) -> None:
+    whole = path.with_name(f"{path.name}.new")
+    with open(whole, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(secrets.token_bytes(SECRET_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    whole.rename(path)
+    sync_folder(path.parent)
 
 
 def digest(secret: str) -> str:
@@ -378,7 +403,7 @@ def issue(user_id: str, kind: str, name: str = "") -> str:
     secret = f"orct_{secrets.token_urlsafe(32)}"
     life = LOGIN_LINK_S if kind == "link" else TOKEN_DAYS[kind] * 86400
     Token.create(
-        user_id=user_id, kind=kind, name=name, hash=digest(secret), expires_at=time.time() + life
+        user_id=user_id, kind=kind, name=name, hash=digest(secret), expires_at=clock.latest() + life
     )
     return secret
 
@@ -477,7 +502,7 @@ def pair(user_id: str, name: str) -> str:
         kind="telegram",
         name=name,
         hash=digest(secrets.token_urlsafe(32)),
-        expires_at=time.time() + life,
+        expires_at=clock.latest() + life,
     )
     return made.id
 
@@ -678,7 +703,7 @@ def registration_token(
             hash=digest(token),
             note=note,
             created_by=caller.actor,
-            expires_at=time.time() + (ttl_s or REGISTRATION_S),
+            expires_at=clock.latest() + (ttl_s or REGISTRATION_S),
         )
         tx.emit(
             "registration_token_created", project_id, caller.actor, {"id": row.id, "note": note}

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import logging
 import math
@@ -183,6 +184,29 @@ def _typed(name: str, value):
     return typed
 
 
+class DataInUse(models.UnusableData):
+    """Another process holds the data directory."""
+
+
+@contextlib.contextmanager
+def holding(data: Path):
+    """The data directory is this process's alone meanwhile, until it ends in whatever way. Raises
+    DataInUse when it is another's: two hubs on one database would not know of each other."""
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(data / "lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise DataInUse(
+                f"The hub is running (process {lock.read() or '?'}, data {data}): stop it first."
+            ) from None
+        with contextlib.suppress(OSError):  # no room: it is held all the same
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), str(os.getpid()).encode())
+        yield
+
+
 def open_data(settings: dict) -> None:
     """Open the data directory and make the modules that keep something keep it there."""
     data = Path(settings["data"])
@@ -264,7 +288,7 @@ def jobs(settings: dict):
 
 def _silence(settings: dict) -> None:
     sockets.notice_silence(settings["poll_silence_s"])
-    sockets.links.hush(servers.notice_silence(settings["offline_after_s"]))
+    servers.notice_silence(settings["offline_after_s"], sockets.links.hush)
     if not leases.listening:
         leases.release_lost(time.time(), settings["lost_after_s"])
     leases.end_alerts()
@@ -364,17 +388,23 @@ def main(argv: list[str] | None = None) -> int:
         for name, deed in DEEDS.items():
             if deeds[name]:
                 return deed(settings, deeds[name])
-        return serve(settings)
-    except models.NewerData as error:
+        with holding(Path(settings["data"])):
+            return serve(settings)
+    except models.UnusableData as error:
         return _complain(str(error))
 
 
 def print_login_link(settings: dict, _flag: bool) -> int:
     """Make a login link beside a running hub: whoever can read its data directory may sign in."""
-    open_data(settings)
+    data = Path(settings["data"])
     url = settings["url"] or f"http://{settings['host']}:{settings['port']}"
+    try:
+        with holding(data):
+            open_data(settings)
+            sessions.logs().close()
+    except DataInUse:
+        models.open_db(data / "hub.db", beside=True)
     print(f"{url}/login?token={auth.login_link()}")
-    sessions.logs().close()
     models.close_db()
     return 0
 
@@ -400,9 +430,14 @@ def write_backup(settings: dict, file: str) -> int:
 def take_backup(settings: dict, file: str) -> int:
     """Put a backup in the place of the data of a hub that is stopped."""
     data = Path(settings["data"])
-    data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if _somebody_listens(settings):
-        return _complain("The hub is running: stop it first, or use `orchestratia hub restore`.")
+    try:
+        with holding(data):
+            return _take_backup(settings, data, file)
+    except DataInUse as error:
+        return _complain(f"{error} Or use `orchestratia hub restore`.")
+
+
+def _take_backup(settings: dict, data: Path, file: str) -> int:
     try:
         with open(file, "rb") as archive:
             description = backup.receive(auth.HUB, archive, data, models.newest_schema())
@@ -418,15 +453,6 @@ def take_backup(settings: dict, file: str) -> int:
         "no server takes new work until you say so: see docs/operations.md."
     )
     return 0
-
-
-def _somebody_listens(settings: dict) -> bool:
-    if not settings["port"]:
-        return False
-    with contextlib.suppress(OSError):
-        socket.create_connection((settings["host"], settings["port"]), 1).close()
-        return True
-    return False
 
 
 def _complain(sentence: str) -> int:

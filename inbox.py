@@ -314,8 +314,9 @@ def send_unclaimed(now: float) -> int:
 
 
 def notice_stuck(now: float, patience_s: float) -> None:
-    """Open an alert for each running task without progress for too long, and end those of tasks
-    that go on. patience_s: for tasks without a `progress_timeout` of their own.
+    """Open an alert for each running task, or one whose plan is being made, without progress for
+    too long, and end those of tasks that go on. patience_s: for tasks without a `progress_timeout`
+    of their own.
 
     Signs of progress: what the session's server says of it, and every move of the task. A worker
     that waits for an answer is not stuck, nor one at a usage limit: both are in the inbox already.
@@ -323,7 +324,7 @@ def notice_stuck(now: float, patience_s: float) -> None:
     quiet = rows(
         "SELECT t.*, s.name AS session_name, s.activity, MAX(t.updated_at,"
         " COALESCE(s.progress_at, 0)) AS progressed FROM task t LEFT JOIN session s"
-        f" ON s.id = t.session_id WHERE t.{moves.HELD} AND t.status = 'running'"
+        f" ON s.id = t.session_id WHERE t.{moves.HELD} AND t.status IN ('planning', 'running')"
         " AND MAX(t.updated_at, COALESCE(s.progress_at, 0)) + COALESCE(t.progress_timeout, ?) < ?"
         " AND COALESCE(s.activity, '') NOT LIKE 'blocked%' AND COALESCE(s.activity, '') <> 'quota'",
         (patience_s, now),

@@ -14,7 +14,18 @@ import cascade
 import moves
 import tasks
 from auth import HUB
-from models import Transaction, execute, in_chunks, labels, loads, one, rows, transaction
+from models import (
+    Transaction,
+    clock,
+    execute,
+    in_chunks,
+    keep_clock,
+    labels,
+    loads,
+    one,
+    rows,
+    transaction,
+)
 
 AT_ONCE = 500  # tasks looked at in one run of a job
 QUIET_S = 90.0  # how long the hub only listens after it was away itself
@@ -30,7 +41,7 @@ def lose(tx: Transaction, task: dict, why: str, ask: bool = False) -> bool:
     if task["on_lost"] == "retry" and not ask:
         tasks.release(tx, task, why)
         return True
-    if not _known(task):
+    if not _known(task, _lost_at(task)):
         sentence = (
             f"{task['title'][:300]}: {why}. Retry the task, cancel it, or wait for it to come back."
         )
@@ -49,12 +60,22 @@ def _attempt(task: dict) -> str:
     return f"{task['id']} {task['attempt']}"
 
 
-def _known(task: dict) -> bool:
-    """Whether somebody was told of the loss of this attempt, open or dismissed."""
+def _lost_at(task: dict) -> float:
+    """Since when what works on it is gone."""
+    server = one("SELECT online, offline_at FROM server WHERE id = ?", (task["server_id"],))
+    if not server["online"]:
+        return server["offline_at"]
+    session = one("SELECT state_at FROM session WHERE id = ?", (task["session_id"],))
+    return session["state_at"] if session else task["assigned_at"]
+
+
+def _known(task: dict, since: float) -> bool:
+    """Whether somebody was told of this loss of this attempt: it is open, or was dismissed."""
     return bool(
         one(
-            "SELECT 1 FROM alert WHERE kind = 'lost' AND about = ? AND status <> 'over'",
-            (_attempt(task),),
+            "SELECT 1 FROM alert WHERE kind = 'lost' AND about = ? AND (status = 'open'"
+            " OR (status = 'dismissed' AND at >= ?))",
+            (_attempt(task), since),
         )
     )
 
@@ -69,7 +90,7 @@ def release_lost(now: float, lost_after: float) -> int:
     ):
         why = f"server {server['name']} has been away for {lost_after:g} s"
         for task in tasks.held_by(server["id"]):
-            if task["on_lost"] == "ask" and _known(task):
+            if task["on_lost"] == "ask" and _known(task, server["offline_at"]):
                 continue
             with transaction() as tx:
                 if _still_away(server["id"], now - lost_after):
@@ -144,12 +165,19 @@ def _asked(wanted: dict) -> str:
     return "; ".join(parts) or "any server with a free slot"
 
 
+_looked_upto = 0  # seq of the alert that the next look goes on behind
+
+
 def end_alerts() -> None:
-    """End the alerts on losses and waits that are over."""
-    for alert in rows(
-        "SELECT * FROM alert WHERE status = 'open' AND kind IN ('lost', 'queue') LIMIT ?",
-        (AT_ONCE,),
-    ):
+    """End the alerts on losses and waits that are over; of very many some, the next ones next."""
+    global _looked_upto
+    looked = rows(
+        "SELECT * FROM alert WHERE status = 'open' AND kind IN ('lost', 'queue') AND seq > ?"
+        " ORDER BY seq LIMIT ?",
+        (_looked_upto, AT_ONCE),
+    )
+    _looked_upto = looked[-1]["seq"] if len(looked) == AT_ONCE else 0
+    for alert in looked:
         if not STILL[alert["kind"]](alert):
             with transaction() as tx:
                 alerts.end(tx, alert)
@@ -179,22 +207,34 @@ LIVE = (
     "project_id IN (SELECT id FROM project)"  # so that an index is used
     " AND state IN ('starting', 'active', 'disconnected', 'recovering')"
 )
-# What runs by the wall clock and is still running: (table, columns, which rows).
+# What runs by the wall clock and is still running: (table, columns, which rows). A column that lies
+# ahead goes with the one it was counted from: "deadline_at:assigned_at".
 RUNNING = (
-    ("task", ("assigned_at", "started_at", "deadline_at", "updated_at"), moves.HELD),
-    ("task", ("waiting_since", "deadline_at"), "waiting_since IS NOT NULL"),
-    ("task", ("not_before",), "not_before IS NOT NULL"),
+    ("task", ("assigned_at", "started_at", "deadline_at:assigned_at", "updated_at"), moves.HELD),
+    ("task", ("waiting_since", "deadline_at:waiting_since"), "waiting_since IS NOT NULL"),
+    ("task", ("not_before:updated_at",), "not_before IS NOT NULL"),
     ("server", ("offline_at",), "offline_at IS NOT NULL"),
     ("session", ("state_at", "activity_at", "progress_at"), LIVE),
+    ("intervention", ("claim_until:ended_at",), "delivery = 'held'"),
+    ("notice", ("due_at:due_at - 600",), "state = 'due'"),  # they lie about so far ahead
+    ("notice", ("again_at:again_at - 600",), "again_at IS NOT NULL"),
 )
 
 
 def translate(tx: Transaction, by: float) -> None:
     """The hub's clock was set by so many seconds: move what is running along with it."""
+    since, until = clock.stamped(by)
+    values = {"by": by, "since": since, "until": until}
     for table, columns, which in RUNNING:
-        changes = ", ".join(f"{column} = {column} + :by" for column in columns)
-        execute(f"UPDATE {table} SET {changes} WHERE {which}", {"by": by})
+        changes = ", ".join(_moved(*column.split(":")) for column in columns)
+        execute(f"UPDATE {table} SET {changes} WHERE {which}", values)
+    keep_clock(by)
     tx.emit("clock_set", None, HUB.actor, {"by_s": round(by, 3)})
+
+
+def _moved(column: str, counted_from: str | None = None) -> str:
+    stamp = counted_from or column
+    return f"{column} = {column} + CASE WHEN {stamp} BETWEEN :since AND :until THEN :by ELSE 0 END"
 
 
 class Listening:

@@ -51,6 +51,7 @@ WRITER_PRAGMAS = (
     "PRAGMA wal_autocheckpoint=8000",  # pages: rarely is it a hand-off that copies them home
 )
 
+BOOTED_S = 3600.0  # so long after it has started, a machine has been told the time
 CLOCK_SET_S = 2.0  # a clock that is off by more at once was set; less is a clock that is steered
 
 db = DatabaseProxy()
@@ -130,10 +131,32 @@ class Clock:
         self.translate = None
         self.begin(0.0)
 
-    def begin(self, newest: float) -> None:
-        """Start to watch it. newest: a time that is known to have been, in seconds since 1970."""
-        self._offset = time.time() - time.monotonic()
+    def begin(self, newest: float, stored: dict | None = None) -> None:
+        """Start to watch it.
+
+        newest: a time that is known to have been, in seconds since 1970. stored: `state()` as the
+        last process left it; if the machine runs since then without a break, it is known whether
+        the clock was set meanwhile.
+        """
+        same_boot = bool(stored) and stored["boot"] == _boot()
+        self._offset = stored["offset"] if same_boot else time.time() - time.monotonic()
         self._newest = newest
+        self._began = 0.0 if same_boot else time.time()
+
+    def state(self, by: float = 0.0) -> dict:
+        """What the next process is to know: {boot, offset}; by: seconds it is being moved by."""
+        return {"boot": _boot(), "offset": self._offset + by}
+
+    def stamped(self, by: float) -> tuple[float, float]:
+        """(from, until): between which times what is stored was stamped by the clock before it was
+        set by so many seconds; all of it, as a rule.
+
+        A clock that is set soon after the machine has started was wrong from the start, and what
+        was stored before the start was not stamped by it.
+        """
+        if self._began and time.monotonic() < BOOTED_S:
+            return self._began, time.time() - by
+        return 0.0, float("inf")
 
     def latest(self) -> float:
         """The time, never earlier than it has been: what has expired stays expired."""
@@ -151,6 +174,15 @@ class Clock:
     def settle(self, by: float) -> None:
         """What runs has been moved by so much."""
         self._offset += by
+        self._began += by if self._began else 0.0
+
+
+def _boot() -> str:
+    """Which run of the machine this is, where that can be known."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return f"unknown {os.getpid()}"
 
 
 clock = Clock()
@@ -242,39 +274,56 @@ class _Shared:
     reader = None
 
 
-def open_db(path: str | os.PathLike) -> HubDatabase:
+def open_db(path: str | os.PathLike, beside: bool = False) -> HubDatabase:
     """Bring the SQLite file at `path` to the newest schema and use it from now on.
 
-    Raises peewee's OperationalError when the file cannot be opened or a migration fails, and
-    NewerData when a newer hub has written it; the file is then as it was.
+    beside: a hub uses it now, so its schema is left as it is. Raises peewee's OperationalError when
+    the file cannot be opened or a migration fails, and UnusableData when a newer hub has written it
+    (or an older one runs); the file is then as it was.
     """
     plain = SqliteDatabase(str(path), pragmas={"journal_mode": "wal", "synchronous": "full"})
     plain.connect()
     try:
-        _refuse_newer(plain, path)
+        had = _schema_of(plain)
+        if had > newest_schema():
+            raise UnusableData(
+                f"{path} was written by a newer hub ({had} migrations, this one knows "
+                f"{newest_schema()}): run that one, or restore a backup made before the upgrade."
+            )
+        if beside and had < newest_schema():
+            raise UnusableData(f"The hub that uses {path} is older than this one: restart it.")
         for name in migrations.run(plain, str(MIGRATIONS)) or ():
             log.info("migrated: %s", name)
     finally:
         plain.close()
     database = HubDatabase(str(path))
     db.initialize(database)
-    last = one("SELECT at FROM event ORDER BY id DESC LIMIT 1")
-    clock.begin(last["at"] if last else 0.0)
+    _begin_clock()
     return database
 
 
-class NewerData(Exception):
-    """The database was written by a newer hub; the sentence says what to do."""
+def _begin_clock() -> None:
+    last = one("SELECT at FROM event ORDER BY id DESC LIMIT 1")
+    stored = one("SELECT value FROM meta WHERE key = 'clock'")
+    clock.begin(last["at"] if last else 0.0, loads(stored["value"]) if stored else None)
+    with transaction():
+        keep_clock()
 
 
-def _refuse_newer(plain: SqliteDatabase, path) -> None:
-    if plain.table_exists("schema_migration"):
-        [[had]] = plain.execute_sql("SELECT COUNT(*) FROM schema_migration")
-        if had > newest_schema():
-            raise NewerData(
-                f"{path} was written by a newer hub ({had} migrations, this one knows "
-                f"{newest_schema()}): run that one, or restore a backup made before the upgrade."
-            )
+def keep_clock(by: float = 0.0) -> None:
+    """Inside a transaction: store how the clock stands, which is being moved by so many seconds."""
+    execute("INSERT OR REPLACE INTO meta VALUES ('clock', ?)", (dumps(clock.state(by)),))
+
+
+class UnusableData(Exception):
+    """What is in the data directory cannot be used, now or at all; the sentence says what to do."""
+
+
+def _schema_of(plain: SqliteDatabase) -> int:
+    if not plain.table_exists("schema_migration"):
+        return 0
+    [[had]] = plain.execute_sql("SELECT COUNT(*) FROM schema_migration")
+    return had
 
 
 def newest_schema() -> int:
@@ -481,6 +530,15 @@ DISK_ERRORS = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPE
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk keep which files are in a folder."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 @contextmanager

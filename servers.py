@@ -1,8 +1,10 @@
 """Every use case on servers: registration, administration, signs of life, silence noticed."""
 
+import logging
 import math
 import threading
 import time
+from collections.abc import Callable
 
 import alerts
 import auth
@@ -15,7 +17,9 @@ from auth import HUB, Caller, find, require
 from models import (
     Conflict,
     Invalid,
+    Refused,
     Server,
+    Transaction,
     dumps,
     execute,
     in_chunks,
@@ -25,6 +29,8 @@ from models import (
     rows,
     transaction,
 )
+
+log = logging.getLogger("orchestratia.servers")
 
 HEARTBEAT_S = 30.0
 OFFLINE_AFTER_S = 90.0
@@ -251,6 +257,7 @@ class _Life:
         self._heard: dict[str, tuple[float, float]] = {}  # monotonic, wall clock
         self._info: dict[str, dict] = {}
         self._unsaved: set[str] = set()
+        self.troubles: dict[str, str] = {}  # as they stand among the alerts
         self._ticked = time.monotonic()
 
     def hear(self, server_id: str, info: dict | None = None) -> bool:
@@ -268,6 +275,16 @@ class _Life:
             self._heard.pop(server_id, None)
             self._info.pop(server_id, None)
             self._unsaved.discard(server_id)
+            self.troubles.pop(server_id, None)
+
+    def heard(self, server_id: str) -> tuple[float, float] | None:
+        """When it gave its last sign of life: monotonic, and by the wall clock."""
+        return self._heard.get(server_id)
+
+    def still_silent(self, server_id: str, heard: tuple[float, float]) -> None:
+        """It was forgotten, which could not be stored: as before, unless it spoke meanwhile."""
+        with self._lock:
+            self._heard.setdefault(server_id, heard)
 
     def seen_at(self, server_id: str) -> float | None:
         heard = self._heard.get(server_id)
@@ -301,6 +318,7 @@ class _Life:
             self._heard = dict.fromkeys(server_ids, (now, time.time()))
             self._info.clear()
             self._unsaved.clear()
+            self.troubles.clear()
             self._ticked = now
 
 
@@ -344,15 +362,15 @@ def _came_online(server_id: str) -> None:
 
 def heartbeat(caller: Caller, system_info: dict | None) -> None:
     """A sign of life with what the agent says of its machine; `trouble` in it is an alert."""
-    before = _life.info(caller.server_id)
     clock = _number((system_info or {}).get("time"))
     if clock is not None:
         system_info = system_info | {"clock_skew_s": round(clock - time.time(), 1)}
     alive(caller.server_id, system_info)
     if system_info is not None:
         trouble = str(system_info.get("trouble") or "")[:TROUBLE_MOST]
-        if before is None or trouble != (before.get("trouble") or ""):
+        if trouble != _life.troubles.get(caller.server_id):
             _note_trouble(caller, trouble)
+            _life.troubles[caller.server_id] = trouble
 
 
 def _note_trouble(caller: Caller, trouble: str) -> None:
@@ -429,26 +447,52 @@ def loads_of(server_ids: list[str], now: float) -> dict[str, list[dict]]:
     return found
 
 
-def notice_silence(offline_after: float = OFFLINE_AFTER_S) -> list[str]:
-    """Call servers offline that gave no sign of life for so many seconds; their ids."""
-    gone = _life.silent(offline_after)
-    for server_id in gone:
-        with transaction() as tx:
-            if server_id not in _life.silent(offline_after):
-                continue  # it spoke while we waited for our turn
-            _life.forget(server_id)
-            server = one(
-                "UPDATE server SET online = 0, offline_at = ? WHERE id = ? AND online = 1"
-                " RETURNING *",
-                (tx.now, server_id),
-            )
-            if server:
-                tx.emit(
-                    "server_offline",
-                    server["project_id"],
-                    HUB.actor,
-                    {"server": server["name"], "silent_s": round(offline_after)},
-                    server=server_id,
-                )
-                sessions.disconnect(tx, server_id)
+def notice_silence(
+    offline_after: float = OFFLINE_AFTER_S, then: Callable[[str], None] = lambda server_id: None
+) -> list[str]:
+    """Call servers offline that gave no sign of life for so many seconds; their ids.
+
+    then: called with the id of each once that is stored. One for which there is no room or no turn
+    is still silent at the next look.
+    """
+    gone = []
+    for server_id in _life.silent(offline_after):
+        try:
+            if _call_offline(server_id, offline_after):
+                gone.append(server_id)
+                then(server_id)
+        except Refused as error:
+            log.warning("a server is silent, which cannot be stored: %s", error)
     return gone
+
+
+def _call_offline(server_id: str, silent_s: float) -> bool:
+    """Whether it was silent still when we had our turn. Raises what a transaction raises."""
+    heard = None
+    try:
+        with transaction() as tx:
+            if server_id in _life.silent(silent_s):
+                heard = _life.heard(server_id)
+                _life.forget(server_id)  # so that a sign of life from now on is the first of many
+                _went_offline(tx, server_id, silent_s)
+    except BaseException:
+        if heard:
+            _life.still_silent(server_id, heard)
+        raise
+    return bool(heard)
+
+
+def _went_offline(tx: Transaction, server_id: str, silent_s: float) -> None:
+    server = one(
+        "UPDATE server SET online = 0, offline_at = ? WHERE id = ? AND online = 1 RETURNING *",
+        (tx.now, server_id),
+    )
+    if server:
+        tx.emit(
+            "server_offline",
+            server["project_id"],
+            HUB.actor,
+            {"server": server["name"], "silent_s": round(silent_s)},
+            server=server_id,
+        )
+        sessions.disconnect(tx, server_id)

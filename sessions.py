@@ -48,12 +48,14 @@ def disconnect(tx: Transaction, server_id: str) -> None:
 
 def settle_recovering(now: float, grace: float = GRACE_S) -> int:
     """Recovered sessions that outlived their grace are active again; how many."""
-    found = rows(
-        "SELECT * FROM session WHERE state = 'recovering' AND state_at <= ?", (now - grace,)
-    )
-    for session in found:
+    due = "state = 'recovering' AND state_at <= ?"
+    found = rows(f"SELECT id FROM session WHERE {due}", (now - grace,))
+    for each in found:
         with transaction() as tx:
-            move(tx, session, "settle", HUB.actor)
+            if session := one(
+                f"SELECT * FROM session WHERE id = ? AND {due}", (each["id"], now - grace)
+            ):
+                move(tx, session, "settle", HUB.actor)
     return len(found)
 
 
@@ -71,16 +73,19 @@ EVENT_OF = {
 
 def move(tx: Transaction, session: dict, verb: str, actor: str, **changes) -> dict:
     """Move `session` (a row) by `verb` and emit; the row as it is then, unchanged when the verb
-    does not apply (a report that comes late or twice changes nothing)."""
+    does not apply (a report that comes late or twice changes nothing), or when somebody else has
+    moved it since the row was read."""
     starts, goal = cascade.SESSION_TRANSITIONS[verb]
     if session["state"] not in starts:
         return session
     after = session | changes | {"state": goal, "state_at": tx.now}
     changed = {k: v for k, v in after.items() if v != session[k]}
-    execute(
-        f"UPDATE session SET {', '.join(f'{c} = ?' for c in changed)} WHERE id = ?",
-        (*changed.values(), session["id"]),
+    done = execute(
+        f"UPDATE session SET {', '.join(f'{c} = ?' for c in changed)} WHERE id = ? AND state = ?",
+        (*changed.values(), session["id"], session["state"]),
     )
+    if done.rowcount != 1:
+        return one("SELECT * FROM session WHERE id = ?", (session["id"],))
     if goal in ("closed", "failed"):
         tx.tell("access")  # its key has died with it
         logs().ended(session["id"])

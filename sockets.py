@@ -372,13 +372,12 @@ class Links:
             link.silent = True
         return gone
 
-    def hush(self, server_ids: list[str]) -> None:
-        """These servers were called offline while their connections stand, as when a network
-        swallows what is sent: their sessions are there again once they speak."""
+    def hush(self, server_id: str) -> None:
+        """A server was called offline while its connection stands, as when a network swallows what
+        is sent: its sessions are there again once it speaks."""
         with self._lock:
-            for link in (self._links.get(each) for each in server_ids):
-                if link:
-                    link.silent = True
+            if link := self._links.get(server_id):
+                link.silent = True
 
     def remind(self) -> None:
         now = time.monotonic()

@@ -255,9 +255,7 @@ class World:
             heard, wall = servers._life._heard[quiet]
             servers._life._heard[quiet] = (heard - 1000, wall)
             servers._life._ticked = time.monotonic()
-        noticed = servers.notice_silence(500)
-        assert noticed == [quiet]
-        sockets.links.hush(noticed)
+        assert servers.notice_silence(500, sockets.links.hush) == [quiet]
 
     def key(self, name: str) -> auth.Caller:
         """The server as a caller."""

@@ -1,12 +1,15 @@
 """Work whose server, session or time is gone: tried again or left to a person, never both; and
 what clocks that are set have to do with it."""
 
+import contextlib
+import errno
 import time
 
 import pytest
 
 import alerts
 import auth
+import inbox
 import leases
 import models
 import servers
@@ -415,3 +418,182 @@ def test_what_the_jobs_ask_is_answered_by_an_index(running, monkeypatch):
         plan = [row[3] for row in models.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
         scans = [step for step in plan if step.startswith("SCAN") and "INDEX" not in step]
         assert not [step for step in scans if step.split()[1] not in SMALL], sql
+
+
+def test_who_signs_in_while_the_clock_is_ahead_locks_nobody_out(world, wall):
+    """What has expired stays expired; what is made afterwards has its time all the same."""
+    person = world.user("olga", shop="viewer")
+    wall.by = 400 * 24 * HOUR
+    assert auth.by_token(world.token(person.id)).name == "olga"
+    wall.by = 0.0
+    assert auth.by_token(world.token(person.id)).name == "olga"
+    made = auth.registration_token(HUB, world.project("shop")["id"], "http://hub")
+    body = {"registration_token": made["token"], "name": "late"}
+    assert servers.register(body, "127.0.0.1")["name"] == "late"
+
+
+def again(stored: dict | None) -> None:
+    """The hub starts anew."""
+    models.clock.begin(time.time(), stored)
+    with models.transaction():
+        pass
+
+
+def test_a_clock_that_is_set_while_the_hub_is_down_is_noticed_when_it_starts(world, wall):
+    world.server("dev")
+    world.working("A", server="dev", command=["true"], timeout=500)
+    stored = models.loads(models.one("SELECT value FROM meta WHERE key = 'clock'")["value"])
+    wall.by = 2 * HOUR
+    again(stored)
+    assert tasks.time_out(time.time() + 450) == 0
+    assert tasks.time_out(time.time() + 550) == 1
+    [said] = world.events(None, "clock_set")
+    assert said["details"]["by_s"] == pytest.approx(2 * HOUR, abs=1)
+    again(models.loads(models.one("SELECT value FROM meta WHERE key = 'clock'")["value"]))
+    assert len(world.events(None, "clock_set")) == 1
+
+
+@pytest.mark.parametrize("by", [2 * HOUR, -2 * HOUR])
+def test_a_clock_that_was_wrong_when_the_machine_started_moves_what_it_has_stamped(
+    world, wall, monkeypatch, by
+):
+    world.server("dev")
+    world.working("before", server="dev", command=["true"], timeout=500)
+    wall.by = by  # another start of the machine, whose clock is off until it is told the time
+    monkeypatch.setattr(models, "BOOTED_S", time.monotonic() + HOUR)
+    again({"boot": "another", "offset": 0.0})
+    world.working("since", server="dev", command=["true"], timeout=500)
+    wall.by = 0.0
+    with models.transaction():
+        pass
+    assert world.row("since")["deadline_at"] == pytest.approx(time.time() + 500, abs=5)
+    assert world.row("before")["deadline_at"] == pytest.approx(time.time() + 500, abs=5)
+
+
+def test_a_clock_that_is_set_long_after_the_machine_started_moves_all(world, wall, monkeypatch):
+    world.server("dev")
+    world.working("before", server="dev", command=["true"], timeout=500)
+    monkeypatch.setattr(models, "BOOTED_S", 0.0)
+    again({"boot": "another", "offset": 0.0})
+    wall.by = HOUR
+    with models.transaction():
+        pass
+    assert world.row("before")["deadline_at"] == pytest.approx(time.time() + 500, abs=5)
+
+
+def test_an_answer_that_is_kept_for_a_call_is_typed_when_its_time_is_up_by_any_clock(world, wall):
+    world.server("dev")
+    world.working("A", server="dev", command=["true"])
+    started(world, "A")
+    worker = auth.by_key(auth.session_key(world.row("A")["session_id"]))
+    asked, _ = inbox.ask(worker, world.ids["A"], "Which?", claim="c")
+    inbox.answer(HUB, asked["id"], "this")
+    assert models.one("SELECT delivery FROM intervention")["delivery"] == "held"
+    wall.by = -HOUR
+    with models.transaction():
+        pass
+    assert inbox.send_unclaimed(time.time() + inbox.CLAIM_S + 5) == 1
+
+
+# ── what was dismissed, and what cannot be stored just then ───────────────────────────────────
+
+
+def test_a_loss_that_was_dismissed_is_not_said_again_but_the_next_one_is(running):
+    world = running
+    world.offline("dev")
+    leases.release_lost(time.time() + 100, 90)
+    [alert] = alerts.waiting([world.project("shop")["id"]])
+    alerts.dismiss(HUB, alert["id"])
+    leases.release_lost(time.time() + 100, 90)
+    assert waiting(world) == []
+    world.online("dev")
+    lose_session(world, "A")
+    assert [kind for kind, _ in waiting(world)] == ["lost"]
+    assert world.row("A")["attempt"] == 1
+
+
+def test_an_alert_that_was_dismissed_meanwhile_is_not_said_to_have_ended(running):
+    lose_session(running, "A")
+    [stale] = models.rows("SELECT * FROM alert WHERE status = 'open'")
+    alerts.dismiss(HUB, stale["id"])
+    with models.transaction() as tx:
+        alerts.end(tx, stale)
+    assert models.one("SELECT status FROM alert")["status"] == "dismissed"
+    [said] = running.events("A", "alert_ended")
+    assert said["details"]["status"] == "dismissed"
+
+
+def test_of_very_many_alerts_each_is_looked_at(world, monkeypatch):
+    monkeypatch.setattr(leases, "AT_ONCE", 2)
+    world.server("dev", slots=10)
+    for n in range(7):
+        world.working(f"t{n}", server="dev", command=["true"], on_lost="ask")
+        started(world, f"t{n}")
+    lose_session(world, "t0")
+    assert len(waiting(world)) == 7
+    world.cancel("t6")
+    for _ in range(4):
+        leases.end_alerts()
+    assert len(waiting(world)) == 6
+
+
+def test_a_plan_that_is_never_made_is_an_alert(world):
+    world.server("dev")
+    world.task("A", command=["make"])
+    world.assign("A", server="dev", require_plan=True)
+    assert world.status("A") == "planning"
+    inbox.notice_stuck(time.time() + 3600, 1800)
+    assert [kind for kind, _ in waiting(world)] == ["stuck"]
+
+
+class Full:
+    """The write connection of a hub whose disk is full."""
+
+    def __init__(self, connection):
+        self._connection = connection
+
+    def execute(self, sql, *args):
+        if sql == "COMMIT":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._connection.execute(sql, *args)
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+
+@contextlib.contextmanager
+def full_disk():
+    models.db.obj.writer = full = Full(models.db.obj.writer)
+    try:
+        yield
+    finally:
+        models.db.obj.writer = full._connection
+
+
+def test_a_server_that_falls_silent_while_the_disk_is_full_is_offline_when_it_is_not(world):
+    world.server("dev")
+    world.server("other")
+    with servers._life._lock:
+        servers._life._heard = {k: (h - 1000, w) for k, (h, w) in servers._life._heard.items()}
+    servers._life._ticked = time.monotonic()
+    with full_disk():
+        assert servers.notice_silence(500) == []
+    assert world.server_row("dev")["online"] == 1
+    told = []
+    assert sorted(servers.notice_silence(500, told.append)) == sorted(told)
+    assert len(told) == 2 and world.server_row("dev")["online"] == 0
+    world.online("dev")
+    assert world.server_row("dev")["online"] == 1
+
+
+def test_trouble_that_could_not_be_noted_is_noted_with_the_next_sign_of_life(running):
+    caller, trouble = running.key("dev"), {"trouble": "it cannot write"}
+    with full_disk(), pytest.raises(models.NoRoom):
+        servers.heartbeat(caller, trouble)
+    assert waiting(running) == []
+    servers.heartbeat(caller, trouble)
+    assert waiting(running) == [("server", "Server dev: it cannot write.")]
+    with full_disk(), pytest.raises(models.NoRoom):
+        servers.heartbeat(caller, {"trouble": ""})
+    servers.heartbeat(caller, {"trouble": ""})
+    assert waiting(running) == []

@@ -224,6 +224,26 @@ def test_a_spooled_frame_that_arrives_twice_at_once_is_handled_once(world):
     assert world.server_row("dev")["spool_upto"] == 20
 
 
+def test_a_session_that_is_closed_while_it_is_taken_for_recovered_stays_closed(world):
+    """Whoever acts on a row that was read before somebody else moved it changes nothing."""
+    world.server("dev")
+    session, _ = sessions.open_session(HUB, {"server_id": "dev"})
+    caller = world.key("dev")
+    frame = {"session_id": session["id"]}
+    wire.take_report(caller, frame | {"type": "session_started", "pid": 7})
+    with transaction() as tx:
+        sessions.disconnect(tx, caller.server_id)
+    wire.sync(caller, {"instance": "anew", "sessions": [frame | {"alive": True}]})
+    stale = models.one("SELECT * FROM session")
+    assert stale["state"] == "recovering"
+    wire.take_report(caller, frame | {"type": "session_closed", "exit_code": 0})
+    with transaction() as tx:
+        after = sessions.move(tx, stale, "settle", HUB.actor)
+    assert after["state"] == models.one("SELECT state FROM session")["state"] == "closed"
+    assert sessions.settle_recovering(stale["state_at"] + 1000) == 0
+    assert world.types(None)[-1] == "session_closed"
+
+
 def test_a_server_heard_while_it_is_called_silent_stays_online(world):
     """Whatever the order of the two, a server that gives signs of life ends up online."""
     world.server("dev")

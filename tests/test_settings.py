@@ -1,5 +1,6 @@
 """Flags before environment before hub.yaml; what cannot be used is said in one sentence."""
 
+import os
 import subprocess
 import sys
 
@@ -124,3 +125,61 @@ def test_the_first_start_without_a_password_prints_a_link_that_works_once(tmp_pa
 def test_the_hub_ends_cleanly_when_told_to(hub):
     assert hub.stop() == 0
     assert "Traceback" not in "".join(hub.lines)
+
+
+# ── the data directory ────────────────────────────────────────────────────────────────────────
+
+
+def hub_py(*argv) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "hub.py"), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_two_hubs_never_use_one_data_directory(start_hub, tmp_path):
+    first = start_hub()
+    saved = tmp_path / "hub.tar"
+    assert hub_py("--data", first.data, "--backup", saved).returncode == 0
+    for flags in ((), ("--restore", saved)):
+        refused = hub_py("--data", first.data, "--port", "0", *flags)
+        assert refused.returncode == 1
+        assert f"The hub is running (process {first.process.pid}, data" in refused.stderr
+        assert "stop it first." in refused.stderr
+    kept = first.api("POST", "projects", {"name": "kept"})["id"]
+    first.kill()
+    first.start()  # what is killed holds nothing
+    assert kept in {p["id"] for p in first.api("GET", "projects")["projects"]}
+
+
+def test_a_login_link_is_made_beside_a_running_hub_and_changes_nothing_else(start_hub):
+    hub = start_hub()
+    made = hub_py("--data", hub.data, "--port", hub.settings["port"], "--login-link")
+    assert made.returncode == 0, made.stderr
+    answer = hub.http.get(made.stdout.strip(), timeout=10)
+    assert answer.ok and hub.url in made.stdout
+    hub.stop()
+    assert hub_py("--data", hub.data, "--login-link").returncode == 0
+
+
+@pytest.mark.parametrize("size", [0, 31, 33])
+def test_a_secret_that_is_not_whole_is_refused(start_hub, size):
+    """With an empty one anybody could make keys of sessions."""
+    hub = start_hub()
+    hub.stop()
+    (hub.data / "secret").write_bytes(os.urandom(size))
+    refused = hub_py("--data", hub.data, "--port", "0")
+    assert refused.returncode == 1
+    assert f"secret has {size} bytes in place of 32: put the one of a backup" in refused.stderr
+    (hub.data / "secret").unlink()
+    hub.start()
+    assert (hub.data / "secret").stat().st_size == 32
+    assert (hub.data / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_hub_killed_while_it_makes_its_secret_has_none_or_all_of_it(tmp_path):
+    """Whatever is left of the file it is made in."""
+    from auth import use_secret
+
+    (tmp_path / "secret.new").write_bytes(b"half")
+    use_secret(tmp_path / "secret")
+    assert (tmp_path / "secret").stat().st_size == 32
+    assert not (tmp_path / "secret.new").exists()
