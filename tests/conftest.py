@@ -72,7 +72,7 @@ def pytest_configure(config):
 
 def pytest_terminal_summary(terminalreporter):
     """The table of the fault cases that were run; into a file too when FAULTS_TABLE names one."""
-    lines = ["| case | seed | faults | lost | seconds | seen |", "|---|---|---|---|---|---|"]
+    lines = ["| case | seed | kills | lost | seconds | seen |", "|---|---|---|---|---|---|"]
     for report in terminalreporter.stats.get("", ()):
         for name, value in report.user_properties if report.when == "teardown" else ():
             if name == "fault":
@@ -82,7 +82,14 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_sep("=", "faults")
         terminalreporter.write_line(table)
         if os.environ.get("FAULTS_TABLE"):
-            Path(os.environ["FAULTS_TABLE"]).write_text(table + "\n")
+            Path(os.environ["FAULTS_TABLE"]).write_text(f"{_how_it_was_run()}\n\n{table}\n")
+
+
+def _how_it_was_run() -> str:
+    from faulting import N
+
+    where = f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
+    return f"{time.strftime('%Y-%m-%d')}, `make faults N={N}`; {where}, {os.cpu_count()} processors"
 
 
 @pytest.fixture(scope="session", autouse=True)
