@@ -30,6 +30,8 @@ def test_what_clients_were_told_is_so_whatever_broke(run, case):
     healthy(run.hub)
     verdict = Verdict(run)
     assert verdict.check() == []
+    accepted = [c.about for c in verdict.calls if c.verb == "create" and c.code == 201]
+    case.count("tasks", len(accepted), sum(verdict.titles[title] != 1 for title in accepted))
     case.kills = sum(run.nemesis.done.values())
     case.seen = f"{len(verdict.calls)} calls, {len(verdict.tasks)} tasks, 0 violations"
     _sees_what_is_wrong(run)

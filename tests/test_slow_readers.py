@@ -266,12 +266,11 @@ def test_sockets_that_vanish_are_let_go(hurried, case):
     hurried.watch().close()
     wait_until(hurried.unwatched)
     fds, threads, before = hurried.fds(), hurried.threads(), hurried.rss()
-    gone = [
-        hurried.watch(path, keep=4096)
-        for path in (hurried.path, "/ws/dashboard")
-        for _ in range(count // 2)
-    ]
-    assert hurried.fds() > fds + count - 10
+    gone, most = [], 0
+    for n in range(count):
+        gone.append(hurried.watch(hurried.path if n % 2 else "/ws/dashboard", keep=4096))
+        most = max(most, hurried.fds())
+    assert most > fds + 50  # the first may have been let go before the last has come
     printing = threading.Event()
 
     def print_on():
