@@ -12,6 +12,7 @@ import requests
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 60
+ENDS = {signal.SIGINT, signal.SIGTERM}
 CHROMIUM = "/usr/bin/chromium"
 CHROMIUM_FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -29,12 +30,15 @@ def until(condition, what: str, seconds: float = PATIENCE_S):
     return value
 
 
-def wait_for_the_end() -> None:
-    """Return at Ctrl-C or SIGTERM, also where a shell has them ignored in the background."""
-    ends = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
-    signal.sigwait(ends)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+def wait_for_the_end(meanwhile=lambda: None) -> None:
+    """Return at Ctrl-C or SIGTERM, also where a shell has them ignored in the background.
+
+    meanwhile: called every two seconds.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+    while not signal.sigtimedwait(ENDS, 2):
+        meanwhile()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
 
 
 def clean_env(**more: str) -> dict:
@@ -51,12 +55,13 @@ class Processes:
         self.env = env
         self.hub: subprocess.Popen | None = None
         self._running: list[subprocess.Popen] = []
+        self._kept: dict[str, tuple] = {}  # by name: its process, and how it was started
 
     def log(self, name: str) -> Path:
         return self.logs / f"{name}.log"
 
     def start(self, name: str, *argv: str, **env: str) -> subprocess.Popen:
-        with self.log(name).open("wb") as log:
+        with self.log(name).open("ab" if name in self._kept else "wb") as log:
             process = subprocess.Popen(
                 [sys.executable, *argv],
                 cwd=ROOT,
@@ -69,9 +74,25 @@ class Processes:
         self._running.append(process)
         return process
 
+    def keep(self, name: str, *argv: str, **env: str) -> subprocess.Popen:
+        """Start a program that `revive` starts again."""
+        process = self.start(name, *argv, **env)
+        self._kept[name] = process, argv, env
+        return process
+
+    def revive(self) -> None:
+        """Start again what was to be kept and has ended."""
+        for name, (process, argv, env) in list(self._kept.items()):
+            if process.poll() is not None:
+                code, log = process.returncode, self.log(name)
+                print(f"The {name} has ended ({code}) and is started again: see {log}", flush=True)
+                blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)  # else it inherits that
+                self.keep(name, *argv, **env)
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
     def start_hub(self, *argv: str, **env: str) -> str:
         """Start the hub; its address once it answers there."""
-        hub = self.hub = self.start("hub", "hub.py", *argv, **env)
+        hub = self.hub = self.keep("hub", "hub.py", *argv, **env)
 
         def address():
             if hub.poll() is not None:

@@ -52,7 +52,7 @@ def main() -> int:
         client = Client(url, {"login_token": login_link().rpartition("=")[2]})
         if not CONFIG.exists():
             register_here(client, processes)
-        processes.start("agent", "agent.py")
+        processes.keep("agent", "agent.py")
         name = socket.gethostname()
         until(
             lambda: any(s["status"] == "online" for s in client.call("GET", "servers")["servers"]),
@@ -63,7 +63,7 @@ def main() -> int:
         print(f"Terminal: {sys.executable} cli.py login '{login_link()}'")
         print(f"Logs:     {logs}")
         print("Ctrl-C stops hub and agent; sessions go on in tmux and are found again.", flush=True)
-        wait_for_the_end()
+        wait_for_the_end(processes.revive)
         return 0
     finally:
         processes.stop()
