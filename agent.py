@@ -2231,6 +2231,7 @@ class Sessions:
             "profile": session.profile,
             "task_id": session.task_id,
             "attempt": session.attempt,
+            "conversation": session.conversation,
             "activity": "no_signal",
             "log_start": session.log_start,
             "log_end": self.log_size(session),

@@ -18,7 +18,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import alerts
 import cascade
+import leases
 import moves
 import tasks
 from auth import HUB, Caller, require
@@ -265,6 +267,9 @@ def begin_anew(tx: Transaction, made_at: str) -> None:
     execute("DELETE FROM registration WHERE used_at IS NULL")
     execute("DELETE FROM pairing_code")
     execute("UPDATE server SET draining = 1, instance = '' WHERE revoked = 0")
+    leases.move_along(tx.now - since_epoch(made_at))
+    execute("UPDATE server SET offline_at = ? WHERE online = 0 AND revoked = 0", (tx.now,))
+    _say_nothing_twice(tx)
     execute(
         "INSERT OR REPLACE INTO meta VALUES ('restored', ?)",
         (json.dumps([row["id"] for row in rows("SELECT id FROM server WHERE revoked = 0")]),),
@@ -273,14 +278,47 @@ def begin_anew(tx: Transaction, made_at: str) -> None:
     tx.emit("hub_restored", None, HUB.actor, {"made_at": made_at})
 
 
+# Commands that do no harm when they are carried out a second time.
+SENT_AGAIN = ("session_close", "task_cancelled", "rules_changed")
+IN_DOUBT = "the hub was restored from a backup, and it may have been said since"
+
+
+def _say_nothing_twice(tx: Transaction) -> None:
+    """Whether a command that nobody had taken was carried out since the backup is not known here.
+    What would run or be typed a second time is not sent: of a session that was to start, its agent
+    says when it connects whether it has it; of words, a person is told."""
+    kinds = ", ".join("?" * len(SENT_AGAIN))
+    for command in rows(
+        "UPDATE command SET acked_at = ? WHERE acked_at IS NULL"
+        f" AND type NOT IN ({kinds}) RETURNING *",
+        (tx.now, *SENT_AGAIN),
+    ):
+        session = one("SELECT * FROM session WHERE id = ?", (command["session_id"],))
+        if session and not moves.starts(command, session):
+            _doubt(tx, session, command["type"], str(command["id"]))
+    execute(
+        "UPDATE permission SET delivery = 'unknown', delivery_why = ? WHERE delivery = 'sent'",
+        (IN_DOUBT,),
+    )
+    execute(
+        "UPDATE intervention SET delivery = 'unknown', delivery_why = ? WHERE delivery = 'sent'",
+        (IN_DOUBT,),
+    )
+    # An answer kept for a call that waits is for that call alone from now on.
+    for held in rows(
+        "UPDATE intervention SET claim_until = NULL WHERE delivery = 'held' RETURNING *"
+    ):
+        session = one("SELECT * FROM session WHERE id = ?", (held["session_id"],))
+        if session:
+            _doubt(tx, session, "intervention_response", held["id"])
+
+
+def _doubt(tx: Transaction, session: dict, command: str, about: str) -> None:
+    if session["state"] in cascade.SESSION_LIVE:
+        alerts.undelivered(tx, session, "unknown", IN_DOUBT, command=command, about=about)
+
+
 # ── agents that are ahead ─────────────────────────────────────────────────────────────────────
-
-
-def ahead(server_id: str) -> bool:
-    """Whether the server connects for the first time after a restore: what it works on may be
-    newer than what the hub knows."""
-    stored = one("SELECT value FROM meta WHERE key = 'restored'")
-    return bool(stored) and server_id in json.loads(stored["value"])
 
 
 def caught_up(server_id: str) -> None:

@@ -14,10 +14,21 @@ import cascade
 import moves
 import tasks
 from auth import HUB
-from models import Transaction, execute, in_chunks, labels, loads, one, rows, transaction
+from models import (
+    Transaction,
+    execute,
+    in_chunks,
+    is_unheard,
+    labels,
+    loads,
+    one,
+    rows,
+    transaction,
+)
 
 AT_ONCE = 500  # tasks looked at in one run of a job
 QUIET_S = 90.0  # how long the hub only listens after it was away itself
+RESTORED = "; the hub was restored from a backup, so it may have been finished since"
 
 
 # ── a session or server is gone ───────────────────────────────────────────────────────────────
@@ -68,14 +79,16 @@ def release_lost(now: float, lost_after: float) -> int:
         (now - lost_after,),
     ):
         why = f"server {server['name']} has been away for {lost_after:g} s"
+        unheard = is_unheard(server["id"])
+        why += RESTORED if unheard else ""
         for task in tasks.held_by(server["id"]):
-            if task["on_lost"] == "ask" and _known(task):
+            if (unheard or task["on_lost"] == "ask") and _known(task):
                 continue
             with transaction() as tx:
                 if _still_away(server["id"], now - lost_after):
                     task = moves.row(task["id"])
                     if task["server_id"] == server["id"] and task["status"] in cascade.HOLDS_SLOT:
-                        released += lose(tx, task, why)
+                        released += lose(tx, task, why, unheard)
     return released
 
 
@@ -191,10 +204,15 @@ RUNNING = (
 
 def translate(tx: Transaction, by: float) -> None:
     """The hub's clock was set by so many seconds: move what is running along with it."""
+    move_along(by)
+    tx.emit("clock_set", None, HUB.actor, {"by_s": round(by, 3)})
+
+
+def move_along(by: float) -> None:
+    """Move the times of what is running by so many seconds, which have not passed for the hub."""
     for table, columns, which in RUNNING:
         changes = ", ".join(f"{column} = {column} + :by" for column in columns)
         execute(f"UPDATE {table} SET {changes} WHERE {which}", {"by": by})
-    tx.emit("clock_set", None, HUB.actor, {"by_s": round(by, 3)})
 
 
 class Listening:

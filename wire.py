@@ -41,6 +41,7 @@ from models import (
     dumps,
     execute,
     in_chunks,
+    is_unheard,
     iso,
     loads,
     one,
@@ -93,15 +94,9 @@ def _drop_command(row: dict) -> None:
     with transaction() as tx:
         acknowledge(row["server_id"], [row["id"]])
         session = one("SELECT * FROM session WHERE id = ?", (row["session_id"],))
-        if session and session["state"] == "starting" and _starts(row, session):
+        if session and session["state"] == "starting" and moves.starts(row, session):
             why = "its task was taken back before it started"
             sessions.move(tx, session, "close", HUB.actor, reason=why, closed_at=tx.now)
-
-
-def _starts(row: dict, session: dict) -> bool:
-    """Whether a command is the one that starts the session, not one that tells it something."""
-    own_worker = row["type"] == "task_assigned" and session["task_id"] == row["task_id"]
-    return own_worker or row["type"] == "session_start"
 
 
 def acknowledge(server_id: str, ids: list[int]) -> None:
@@ -271,19 +266,30 @@ def sync(caller: Caller, frame: dict) -> dict:
         restarted = server["instance"] != instance
         _update_capabilities(server, frame.get("capabilities") or {}, instance)
         answer, named, adopt = [], set(), []
-        ahead = backup.ahead(server["id"])
+        ahead = is_unheard(server["id"])
         for item in frame.get("sessions") or ():
             session = _named_session(tx, server, item, adopt)
             if ahead and not session["task_id"] and item.get("task_id"):
                 backup.take_over(tx, session, str(item["task_id"]), int(item["attempt"]))
                 session = one("SELECT * FROM session WHERE id = ?", (session["id"],))
+            if ahead and item.get("alive", True):
+                session = _believed_begun(tx, caller, session, item)
             named.add(session["id"])
             answer.append(_reconcile(tx, session, item, restarted))
-        _lose_others(tx, server["id"], named, RESTORED if ahead else "")
-        if ahead:
-            backup.caught_up(server["id"])
+        _named_all(tx, server["id"], named)
         routing.place_waiting(tx, one("SELECT * FROM server WHERE id = ?", (server["id"],)))
     return {"type": "sync_ok", "sessions": answer, "adopt": adopt}
+
+
+def _believed_begun(tx: Transaction, caller: Caller, session: dict, item: dict) -> dict:
+    """The session as it is when what its agent has running has begun: the hub was restored, and
+    its agent, which has said so once, does not say it again."""
+    if session["state"] == "starting":
+        _session_started(tx, caller, item | {"session_id": session["id"]})
+    for task in _open_tasks_of(session):
+        if task["status"] == "assigned" and task["id"] == session["task_id"]:
+            tasks.start(HUB, task["id"], task["attempt"])
+    return one("SELECT * FROM session WHERE id = ?", (session["id"],))
 
 
 def _update_capabilities(server: dict, has: dict, instance: str) -> None:
@@ -396,16 +402,22 @@ def _adopted_as(tx: Transaction, server: dict, item: dict) -> dict:
         pid=item.get("pid") if isinstance(item.get("pid"), int) else None,
         profile=str(item["profile"])[:100] if item.get("profile") else None,
         working_directory=str(item.get("working_directory") or "")[:4000] or None,
+        conversation=_conversation_of(item),
     )
 
 
 def lose_others(server_id: str, named: set[str]) -> None:
     """The sessions named are all that the agent has."""
     with transaction() as tx:
-        _lose_others(tx, server_id, named)
+        _named_all(tx, server_id, named)
 
 
-RESTORED = "; the hub was restored from a backup, so it may have been finished since"
+def _named_all(tx: Transaction, server_id: str, named: set[str]) -> None:
+    """The server has said what it has: what else was believed alive is lost."""
+    unheard = is_unheard(server_id)
+    _lose_others(tx, server_id, named, leases.RESTORED if unheard else "")
+    if unheard:
+        backup.caught_up(server_id)
 
 
 def _lose_others(tx: Transaction, server_id: str, named: set[str], doubt: str = "") -> None:
@@ -635,27 +647,9 @@ def _agent_event(tx, caller: Caller, frame: dict) -> None:
     if frame.get("intervention_id"):
         inbox.delivered(tx, session, str(frame["intervention_id"]), how, why)
     if is_alert:
-        what = COMMAND_WORDS.get(frame.get("command"), "A message")
         about = str(frame.get("command_id") or "")
-        sentence = f"{what} {DELIVERY_WORDS[how]} session {session['name']}: {why}."
-        alerts.begin(tx, "delivery", session["project_id"], sentence, session=session, about=about)
+        alerts.undelivered(tx, session, how, why, command=frame.get("command"), about=about)
 
-
-COMMAND_WORDS = {
-    "intervention_response": "The answer to a question",
-    "permission_answer": "The answer to a permission request",
-    "permission_denied": "The reason of a denial",
-    "plan_approved": "The approval of a plan",
-    "plan_revision": "What should be different in a plan",
-    "task_note": "A note",
-    "task_updated": "Word of a changed task",
-    "task_assigned": "Word of a new task",
-    "task_status_update": "News of a task",
-}
-DELIVERY_WORDS = {
-    "unknown": "may or may not have reached",
-    "failed": "did not reach",
-}
 
 ACTIVITIES = ("working", "idle", "waiting_input", "error", "quota", "no_signal")
 BLOCKED = tuple(f"blocked:{what}" for what in ("permission", "question", "plan", "trust"))
