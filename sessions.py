@@ -81,8 +81,9 @@ def move(tx: Transaction, session: dict, verb: str, actor: str, **changes) -> di
         f"UPDATE session SET {', '.join(f'{c} = ?' for c in changed)} WHERE id = ?",
         (*changed.values(), session["id"]),
     )
-    if goal in ("closed", "failed"):
+    if goal in ("closed", "failed", "lost"):
         tx.tell("access")  # its key has died with it
+    if goal in ("closed", "failed"):
         logs().ended(session["id"])
         permissions.end_of_session(tx, after)
         alerts.over(tx, session["id"], "stuck", "quota", "prompt")

@@ -437,6 +437,21 @@ def test_nothing_is_given_up_of_a_server_that_was_away_and_is_not_heard_yet(worl
     world.check()
 
 
+def test_a_session_key_counts_only_once_its_server_has_said_what_it_has(asking, client):
+    """The session may have ended since the backup, and its key with it."""
+    world, session_id = asking, asking.row("A")["session_id"]
+    own = client.as_key(auth.session_key(session_id))
+    assert own.get("auth/me").status_code == 200
+    begin_anew(world)
+    refused = own.get("auth/me")
+    assert (refused.status_code, refused.json["code"]) == (401, "restored")
+    sync(world, "dev", named(world, "A", session_id, 1))
+    assert own.get("auth/me").status_code == 200
+    begin_anew(world)
+    sync(world, "dev")
+    assert own.get("auth/me").status_code == 401
+
+
 # ── with a real hub and agent ─────────────────────────────────────────────────────────────────
 
 
