@@ -144,10 +144,11 @@ class DialogOpen(AgentError):
 class HubError(AgentError):
     """The hub answered with an error."""
 
-    def __init__(self, sentence, status=0, code=""):
+    def __init__(self, sentence, status=0, code="", fields=None):
         super().__init__(printable(sentence))
         self.status = status
         self.code = code
+        self.fields = fields or {}
 
 
 class HubUnreachable(HubError):
@@ -465,7 +466,8 @@ class Hub:
             )
         if response.status_code >= 300:
             detail = answer.get("detail") or f"The hub answered {response.status_code}."
-            raise HubError(detail, response.status_code, answer.get("code", ""))
+            fields = answer.get("fields") or {}
+            raise HubError(detail, response.status_code, answer.get("code", ""), fields)
         return answer
 
 
@@ -616,8 +618,12 @@ class Store:
     def spool_first(self):
         """The lowest number still held, or the next one if all are acknowledged."""
         held = self._rows("SELECT min(n) FROM spool")[0][0]
+        return held or self.spool_last() + 1
+
+    def spool_last(self):
+        """The highest number ever given out."""
         last = self._rows("SELECT seq FROM sqlite_sequence WHERE name = 'spool'")
-        return held or (last[0][0] + 1 if last else 1)
+        return last[0][0] if last else 0
 
     def trim_spool(self, upto):
         with self._transaction() as db:
@@ -4411,6 +4417,7 @@ class Agent:
         self.commands = queue.SimpleQueue()  # frames with the epoch they came in
         self.lanes = Lanes(lambda frame: self._carry_out(self.MOMENTS, frame))
         self.connection = 0
+        self.syncs = self.store.get("syncs", 0)  # made so far, with this state directory
         self.epoch = ""
         self.heartbeat_s = 30
         self._listed = []
@@ -4439,6 +4446,7 @@ class Agent:
             "instance": self.instance,
             "spool_id": self.store.get("spool_id"),
             "spool_first": self.store.spool_first(),
+            "spool_last": self.store.spool_last(),
             "features": [],
         }
 
@@ -4451,11 +4459,23 @@ class Agent:
         return {
             "type": "sync",
             "instance": self.instance,
+            "number": self._next_sync(),
             "sessions": self._listed,
             "capabilities": self._capabilities(),
             "profiles_etag": self.store.get("profiles_etag"),
             "rules_etag": self.rules.etag,
         }
+
+    def _next_sync(self):
+        """The number of a sync: the hub takes none that was made before one it has had."""
+        self.outrun(self.syncs + 1)
+        return self.syncs
+
+    def outrun(self, number):
+        """The hub has had a sync of this number."""
+        self.syncs = max(self.syncs, number)
+        with contextlib.suppress(sqlite3.Error):  # the disk is full: the hub tells the number
+            self.store.put("syncs", self.syncs)
 
     def _capabilities(self):
         return {
@@ -4625,6 +4645,7 @@ class Agent:
 
     def _auth_ok(self, frame):
         self.epoch = frame["hub_epoch"]
+        self.outrun(frame.get("synced") or 0)
         self.heartbeat_s = float(frame.get("heartbeat_s") or self.heartbeat_s)
         name = printable(frame.get("server_name"))
         log.info("connected to %s as %s", self.config["hub_url"], name)
@@ -5328,7 +5349,9 @@ class PollCarrier:
         with self._lock:
             if connection == self.connection:
                 self.synced.clear()
-        if error.code == "superseded":
+        if error.code == "late_sync":
+            self.agent.outrun(error.fields["synced"])
+        elif error.code == "superseded":
             self.stop.wait(self.settings.superseded_s)
         elif error.code != "sync_required" or syncing:
             self.stop.wait(self._refusals.pause())
@@ -5339,7 +5362,7 @@ class PollCarrier:
 
     def _report(self, error):
         """Say once that the hub is away; a refusal is said each time."""
-        if error.code == "sync_required":
+        if error.code in ("sync_required", "late_sync"):
             log.info("the hub asks for a new start of the connection")
         elif not retryable(error):
             log.error("%s", error)

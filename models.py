@@ -686,6 +686,7 @@ class Server(Table):
     instance = TextField(default="")
     spool_id = TextField(default="")
     spool_upto = IntegerField(default=0)
+    synced = IntegerField(default=0)
     last_seen = FloatField(null=True)
     offline_at = FloatField(null=True)
     created_at = FloatField(default=time.time)

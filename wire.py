@@ -62,6 +62,7 @@ BIGGEST_S = 10**9  # a block's bytes were printed within so many seconds
 WHY_MOST = 500
 SIGNALS_MOST = 20_000  # characters of what the sources of signals said
 SESSIONS_MOST = 1000  # one server may name at once
+NUMBER_MOST = 2**53  # JSON has no larger whole numbers everywhere
 
 
 def pending_commands(server_id: str, sent: dict[int, float], now: float) -> list[dict]:
@@ -243,17 +244,59 @@ MALFORMED = (
 )
 
 
+def spool_of(frame: dict) -> tuple[str, int, int | None]:
+    """(id, lowest number held, highest number ever given out if it is said) of an agent's spool, as
+    its auth frame has them. Raises ValueError or TypeError."""
+    last = frame.get("spool_last")
+    first = int(frame.get("spool_first") or 1)
+    return spool_id_of(frame), first, None if last is None else int(last)
+
+
+def spool_id_of(frame: dict) -> str:
+    return str(frame.get("spool_id") or "")
+
+
 def greet(caller: Caller, frame: dict) -> None:
-    """Take note of who connects: version, instance and where its spool stands."""
-    spool_id, first = frame.get("spool_id") or "", int(frame.get("spool_first") or 1)
+    """Take note of who connects: version, and where its spool stands. A state directory that was
+    set back to an earlier state numbers its reports anew from there: they are new ones."""
+    spool_id, first, last = spool_of(frame)
     with transaction():
         server = one("SELECT * FROM server WHERE id = ?", (caller.server_id,))
         known = server["spool_upto"] if server["spool_id"] == spool_id else 0
+        if last is not None:
+            known = min(known, last)
         execute(
             "UPDATE server SET protocol = 2, agent_version = ?, spool_id = ?, spool_upto = ?"
             " WHERE id = ?",
             (str(frame.get("agent_version") or ""), spool_id, max(known, first - 1), server["id"]),
         )
+
+
+def synced(server_id: str) -> int:
+    """The number of the last sync of a server's agents that took effect."""
+    return one("SELECT synced FROM server WHERE id = ?", (server_id,))["synced"]
+
+
+def refuse_late(caller: Caller, frame: dict) -> int | None:
+    """The number of a sync, which rises with each of a server, whichever of its agents makes it;
+    None from an agent that does not number them. Raises Conflict `late_sync` for one that was made
+    before another that took effect, as a copy is that a network had kept: what it says of the
+    sessions is not so any more. An agent that starts anew is told from where on to count.
+    """
+    number = frame.get("number")
+    if number is None:
+        return None
+    if not 0 < int(number) < NUMBER_MOST:
+        raise ValueError(f"no number of a sync: {number!r}")
+    known = synced(caller.server_id)
+    if int(number) <= known:
+        raise Conflict(
+            f"This sync (number {number}) was made before the last one the hub knows ({known}): "
+            "make a new one with a higher number.",
+            code="late_sync",
+            synced=known,
+        )
+    return int(number)
 
 
 def sync(caller: Caller, frame: dict) -> dict:
@@ -262,9 +305,12 @@ def sync(caller: Caller, frame: dict) -> dict:
     if len(frame.get("sessions") or ()) > SESSIONS_MOST:
         raise ValueError(f"more than {SESSIONS_MOST} sessions")
     with transaction() as tx:
+        number = refuse_late(caller, frame)
         server = one("SELECT * FROM server WHERE id = ?", (caller.server_id,))
         restarted = server["instance"] != instance
         _update_capabilities(server, frame.get("capabilities") or {}, instance)
+        if number:
+            execute("UPDATE server SET synced = ? WHERE id = ?", (number, server["id"]))
         answer, named, adopt = [], set(), []
         ahead = is_unheard(server["id"])
         for item in frame.get("sessions") or ():
@@ -461,16 +507,22 @@ def _open_tasks_of(session: dict) -> list[dict]:
     ]
 
 
-def take_spooled(caller: Caller, frames: list[dict]) -> int:
-    """Handle spooled frames in order, each once; the number up to which all are taken."""
-    upto = _spool_upto(caller)
+def take_spooled(caller: Caller, frames: list[dict], spool_id: str | None = None) -> int:
+    """Handle spooled frames in order, each once; the number up to which all are taken.
+
+    spool_id: whose numbers they carry, if it is known. Raises Conflict `sync_required` when those
+    of another count by now: nothing may be acknowledged then.
+    """
+    upto = _spool_upto(caller, spool_id)
     for frame in frames:
         if frame["spool"] <= upto:
             continue
         if frame["spool"] == upto + 1 and not _log_taken(caller, frame):
             break  # the disk is full, for one: the agent sends it again
         with transaction() as tx:
-            upto = _spool_upto(caller)  # again: a repeated call may be at work beside this one
+            upto = _spool_upto(
+                caller, spool_id
+            )  # again: a repeated call may be at work beside this one
             if frame["spool"] == upto + 1:
                 _handle(tx, caller, frame)
                 execute(
@@ -488,8 +540,15 @@ def take_report(caller: Caller, frame: dict) -> None:
         _handle(tx, caller, frame)
 
 
-def _spool_upto(caller: Caller) -> int:
-    return one("SELECT spool_upto FROM server WHERE id = ?", (caller.server_id,))["spool_upto"]
+def _spool_upto(caller: Caller, spool_id: str | None) -> int:
+    server = one("SELECT spool_id, spool_upto FROM server WHERE id = ?", (caller.server_id,))
+    if spool_id not in (None, server["spool_id"]):
+        raise Conflict(
+            "Another agent with another state directory has connected with this server's key: send "
+            "auth and sync first. Run one agent per state directory.",
+            code="sync_required",
+        )
+    return server["spool_upto"]
 
 
 def _handle(tx: Transaction, caller: Caller, frame: dict) -> None:
