@@ -2249,7 +2249,7 @@ class Sessions:
             session = self.all.get(entry.get("session_id"))
             if session is not None:
                 self.AGREEMENTS[entry["action"]](self, session, entry)
-        adopted = {entry["tmux_name"]: entry["session_id"] for entry in answer.get("adopt", [])}
+        adopted = {entry["tmux_name"]: entry for entry in answer.get("adopt", [])}
         for entry in listed:
             if entry["session_id"] is None:
                 self._adopt_or_close(entry, adopted.get(entry["tmux_name"]))
@@ -2271,21 +2271,50 @@ class Sessions:
 
     AGREEMENTS = {"keep": _keep, "close": _drop}
 
-    def _adopt_or_close(self, entry, session_id):
-        if session_id is None:
+    def _adopt_or_close(self, entry, told):
+        """told: what the hub knows of a terminal that we have no notes of; None to close it."""
+        try:
+            if told is not None:
+                return self._adopt(entry, told)
             log.warning("%s is closed: the hub does not know it", entry["tmux_name"])
-            return self.terminals["tmux"].kill_session(entry["tmux_name"])
+            self.terminals["tmux"].kill_session(entry["tmux_name"])
+        except AgentError as error:  # it has ended meanwhile, for one: the others go on
+            log.warning("%s: %s", entry["tmux_name"], error)
+
+    def _adopt(self, entry, told):
+        acked = told.get("log_acked") or 0
         with self.lock:
-            session = Session(valid_session_id(session_id), entry["tmux_name"], pid=entry["pid"])
-            session.pane_id = self.terminal(session).pane_state(session.tmux_name).pane_id
-            make_private_dir(self.directory(session))
-            os.close(open_private(self.log_path(session), os.O_CREAT | os.O_WRONLY))
-            session.state = "live"
+            session = self._adopted(entry, told, acked)
             self.store.save(session)
-            self.all[session_id] = session
-        self.logs.follow(session_id, self.log_path(session), acked=0)
-        self._mend(session, "the session was adopted; what it printed before is not known")
+            self.all[session.session_id] = session
+        self.logs.follow(session.session_id, self.log_path(session), acked=acked, start=acked)
         log.info("%s adopted", session)
+        if entry["alive"]:
+            self._mend(session, "the session was adopted; what it printed before is not known")
+
+    def _adopted(self, entry, told, acked):
+        """Its output goes on where the hub's record ends, behind what is left of its file."""
+        session = Session(
+            valid_session_id(told["session_id"]),
+            entry["tmux_name"],
+            state="live",
+            profile=told.get("profile"),
+            task_id=told.get("task_id"),
+            attempt=told.get("attempt"),
+            working_directory=told.get("working_directory") or "",
+            conversation=told.get("conversation"),
+            pid=entry["pid"],
+            log_start=acked,
+        )
+        profile = self.profiles.get(session.profile, {})
+        session.ends_task = bool(session.task_id and profile.get("completes_on_exit"))
+        session.pane_id = self.terminal(session).pane_state(session.tmux_name).pane_id
+        make_private_dir(self.directory(session))
+        path = self.log_path(session)
+        os.close(open_private(path, os.O_CREAT | os.O_WRONLY))
+        if path.stat().st_size < acked:
+            os.truncate(path, acked)
+        return session
 
     # -- typing
 

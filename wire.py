@@ -314,14 +314,17 @@ def sync(caller: Caller, frame: dict) -> dict:
         answer, named, adopt = [], set(), []
         ahead = is_unheard(server["id"])
         for item in frame.get("sessions") or ():
-            session = _named_session(tx, server, item, adopt)
+            session, is_stranger = _named_session(tx, server, item)
             if ahead and not session["task_id"] and item.get("task_id"):
                 backup.take_over(tx, session, str(item["task_id"]), int(item["attempt"]))
                 session = one("SELECT * FROM session WHERE id = ?", (session["id"],))
             if ahead and item.get("alive", True):
                 session = _believed_begun(tx, caller, session, item)
             named.add(session["id"])
-            answer.append(_reconcile(tx, session, item, restarted))
+            agreed = _reconcile(tx, session, item, restarted)
+            answer.append(agreed)
+            if is_stranger and agreed["action"] == "keep":
+                adopt.append(_adoption(session, item, agreed["log_acked"]))
         _named_all(tx, server["id"], named)
         routing.place_waiting(tx, one("SELECT * FROM server WHERE id = ?", (server["id"],)))
     return {"type": "sync_ok", "sessions": answer, "adopt": adopt}
@@ -356,20 +359,26 @@ def _words(given) -> list[str] | None:
     raise ValueError(f"not a list of words: {given!r}")
 
 
-def _named_session(tx: Transaction, server: dict, item: dict, adopt: list) -> dict:
-    """The hub's row of a session the agent has; one it does not know is adopted."""
+def _named_session(tx: Transaction, server: dict, item: dict) -> tuple[dict, bool]:
+    """The hub's row of a session the agent has, and whether the agent knows nothing of it but its
+    name in tmux. One the hub does not know is adopted."""
     session = item.get("session_id") and one(
         "SELECT * FROM session WHERE id = ? AND server_id = ?", (item["session_id"], server["id"])
     )
     if session:
-        return session
+        return session, False
     tmux_name = str(item.get("tmux_name") or "")
     if item.get("session_id"):
         with suppress(ValueError):  # else it is a stranger, by its name in tmux
-            return _adopted_as(tx, server, item)
-    session = by_tmux_name(server["id"], tmux_name) or _adopted(tx, server, tmux_name)
-    adopt.append({"tmux_name": tmux_name, "session_id": session["id"]})
-    return session
+            return _adopted_as(tx, server, item), False
+    return by_tmux_name(server["id"], tmux_name) or _adopted(tx, server, tmux_name), True
+
+
+def _adoption(session: dict, item: dict, log_acked: int) -> dict:
+    """What an agent is told of a terminal that it found and has lost its notes of."""
+    known = ("task_id", "attempt", "profile", "conversation", "working_directory")
+    told = {"tmux_name": str(item.get("tmux_name") or ""), "session_id": session["id"]}
+    return told | {name: session[name] for name in known} | {"log_acked": log_acked}
 
 
 def by_tmux_name(server_id: str, tmux_name: str) -> dict | None:
@@ -423,7 +432,7 @@ def take_up(caller: Caller, item: dict, restarted: bool) -> dict:
         if item.get("session_id"):
             session = _adopted_as(tx, server, item)
         else:
-            session = _named_session(tx, server, item, [])
+            session, _ = _named_session(tx, server, item)
         if session["state"] == "starting":
             _session_started(tx, caller, item | {"session_id": session["id"]})
         else:

@@ -1015,6 +1015,32 @@ def test_a_terminal_the_hub_does_not_know_is_adopted(agent, wire):
     assert (row["tmux_name"], row["role"], row["state"]) == ("orc-stranger", "plain", "recovering")
 
 
+def test_a_session_whose_agent_lost_its_notes_is_adopted_with_all_that_is_known(
+    world, agent, worker, wire
+):
+    _, session_id = worker
+    agent.call(log(session_id, 0, b"0123456789"))
+    assert sessions.logs().flush()
+    stranger = {"tmux_name": f"orc-{session_id[:12]}", "alive": True}
+    again = wire("dev")
+    assert again.connect(stranger)["sync_ok"]["adopt"] == [
+        {
+            "tmux_name": stranger["tmux_name"],
+            "session_id": session_id,
+            "task_id": world.ids["A"],
+            "attempt": 1,
+            "profile": "command",
+            "conversation": None,
+            "working_directory": "/srv",
+            "log_acked": 10,
+        }
+    ]
+    assert state(session_id) == "recovering"
+    again.call(again.spool("session_closed", session_id=session_id, exit_code=0))
+    answer = wire("dev").connect(stranger)["sync_ok"]
+    assert answer["adopt"] == [] and answer["sessions"][0]["action"] == "close"
+
+
 def test_another_servers_session_is_not_adopted_by_its_id(world, agent, worker, wire):
     _, session_id = worker
     thief = wire("thief")
