@@ -4489,6 +4489,7 @@ class Agent:
             "type": "sync",
             "instance": self.instance,
             "number": self._next_sync(),
+            "time": time.time(),
             "sessions": self._listed,
             "capabilities": self._capabilities(),
             "profiles_etag": self.store.get("profiles_etag"),

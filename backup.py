@@ -13,6 +13,7 @@ import os
 import shutil
 import sqlite3
 import tarfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ import moves
 import tasks
 from auth import HUB, Caller, require
 from models import (
+    Conflict,
     Invalid,
     Transaction,
     execute,
@@ -168,6 +170,7 @@ def _extract(archive, folder: Path) -> None:
                     os.fsync(file.fileno())
     except (tarfile.TarError, EOFError, FileExistsError) as error:
         raise Invalid(f"This is no backup of a hub, or it is cut off ({error}).") from None
+    _sync_directory(folder)
 
 
 def _private(path, flags):
@@ -209,13 +212,42 @@ def _integrity(path: str) -> str:
 
 def receive(caller: Caller, archive, data: Path, schema: int) -> dict:
     """Take a backup that the hub is to begin anew from; its description. It is put in place at the
-    next start. For admins. Raises Invalid."""
+    next start. For admins. Raises Invalid, and Conflict while another one waits."""
     require(caller, "user.admin")
+    _refuse_second(data)
     folder = Path(data) / f"{WAITING}-{uuid.uuid4().hex}"
     description = unpack(archive, folder, schema)
-    shutil.rmtree(Path(data) / WAITING, ignore_errors=True)
-    folder.rename(Path(data) / WAITING)
+    try:
+        with _receiving:  # nothing in here lets others go first, but threads may
+            _refuse_second(data)
+            shutil.rmtree(Path(data) / WAITING, ignore_errors=True)  # left over
+            folder.rename(Path(data) / WAITING)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    _sync_directory(data)
     return description
+
+
+_receiving = threading.Lock()
+
+
+def _refuse_second(data: Path) -> None:
+    waiting = Path(data) / WAITING
+    if (waiting / DESCRIPTION).exists():
+        raise Conflict(
+            "A backup waits already to be put in place when the hub starts, which it does by "
+            f"itself after a restore: restart it, or remove {waiting} if it is not wanted."
+        )
+
+
+def _sync_directory(path: Path) -> None:
+    """Have on the disk which files a directory holds, as fsync of a file does not."""
+    number = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def put_in_place(data: Path) -> Path | None:
@@ -245,6 +277,7 @@ def _put(folder: Path, data: Path, kept: Path) -> Path:
             (folder / name).rename(data / name)
     (kept / "UNFINISHED").unlink(missing_ok=True)
     (folder / DESCRIPTION).rename(data / MARK)
+    _sync_directory(data)
     shutil.rmtree(folder)
     return kept
 

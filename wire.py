@@ -304,6 +304,7 @@ def sync(caller: Caller, frame: dict) -> dict:
     instance = str(frame.get("instance") or "")
     if len(frame.get("sessions") or ()) > SESSIONS_MOST:
         raise ValueError(f"more than {SESSIONS_MOST} sessions")
+    servers.note_clock(caller.server_id, frame.get("time"))
     with transaction() as tx:
         number = refuse_late(caller, frame)
         server = one("SELECT * FROM server WHERE id = ?", (caller.server_id,))
@@ -737,8 +738,8 @@ def _session_activity(tx, caller: Caller, frame: dict) -> None:
             reason,
             str(frame.get("signal") or "")[:200] or None,
             _signals(frame.get("signals")),
-            _moment(frame.get("since"), tx.now),
-            _moment(frame.get("progress"), tx.now),
+            _moment(caller, frame.get("since"), tx.now),
+            _moment(caller, frame.get("progress"), tx.now),
             session["id"],
         ),
     )
@@ -757,9 +758,11 @@ def _signals(given) -> str:
     return written if len(written) <= SIGNALS_MOST else "[]"
 
 
-def _moment(given, now: float) -> float:
-    """A time an agent gives, in seconds since 1970, never in the future."""
-    return min(float(given), now) if isinstance(given, (int, float)) else now
+def _moment(caller: Caller, given, now: float) -> float:
+    """A time an agent gives by its clock, in seconds since 1970, never in the future."""
+    if not isinstance(given, (int, float)):
+        return now
+    return min(servers.by_our_clock(caller.server_id, float(given)), now)
 
 
 def _task_report(_tx, caller: Caller, frame: dict) -> None:
@@ -836,7 +839,7 @@ def _session_log(caller: Caller, frame: dict) -> None:
     data = b64decode(frame["data"])
     if len(data) > BLOCK_MOST:
         raise ValueError(f"a block of {len(data)} bytes, the most is {BLOCK_MOST}")
-    at, times = _when(frame.get("at")), _times(frame.get("times"), len(data))
+    at, times = _when(caller, frame.get("at")), _times(frame.get("times"), len(data))
     acknowledged = partial(_logged, caller.server_id, session["id"])
     sessions.logs().append(session["id"], int(frame["offset"]), data, at, times, acknowledged)
 
@@ -858,9 +861,9 @@ def _times(given, size: int) -> list:
     return times if rising else []
 
 
-def _when(at) -> float:
+def _when(caller: Caller, at) -> float:
     try:
-        return since_epoch(at)
+        return servers.by_our_clock(caller.server_id, since_epoch(at))
     except (TypeError, ValueError):
         return time.time()
 
@@ -868,7 +871,7 @@ def _when(at) -> float:
 def _session_screen(caller: Caller, frame: dict) -> None:
     session = _own_session(caller, frame)
     lines = [str(line)[:1000] for line in frame["lines"][:500]]
-    sessions.screens[session["id"]] = {"lines": lines, "at": iso(_when(frame.get("at")))}
+    sessions.screens[session["id"]] = {"lines": lines, "at": iso(_when(caller, frame.get("at")))}
     sessions.screens.move_to_end(session["id"])
     while len(sessions.screens) > sessions.SCREENS_KEPT:
         sessions.screens.popitem(last=False)

@@ -6,11 +6,13 @@ import os
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -27,7 +29,7 @@ import wire
 from auth import HUB
 from conftest import ROOT, wait_until
 from faulting import FAST, Graph, back, check, reading, through
-from models import Invalid, NoRoom, Unauthorised
+from models import Conflict, Invalid, NoRoom, Unauthorised
 
 
 @pytest.fixture
@@ -142,6 +144,44 @@ def test_without_room_a_backup_is_refused_in_words_and_leaves_nothing(world, sav
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_second_restore_is_refused_while_one_waits(world, saved, tmp_path):
+    """It was answered that the first one comes: nothing takes its place without a word."""
+    world.task("A")
+    first = saved()
+    world.task("B")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "restore").mkdir()  # what is left of one that is in place
+    backup.receive(HUB, io.BytesIO(first), data, 99)
+    with pytest.raises(Conflict, match="A backup waits already .* restart it, or remove .*restore"):
+        backup.receive(HUB, io.BytesIO(saved()), data, 99)
+    assert [path.name for path in data.iterdir()] == ["restore"]
+    db = sqlite3.connect(data / "restore/hub.db")
+    assert db.execute("SELECT title FROM task").fetchall() == [("A",)]
+    db.close()
+
+
+def test_of_two_restores_at_once_one_is_refused(world, saved, tmp_path):
+    whole = saved()
+    both = threading.Barrier(2)
+
+    class Slow(io.BytesIO):
+        def read(self, size=-1):
+            if not self.tell():
+                both.wait(10)  # neither waits in its place yet
+            return super().read(size)
+
+    def receive(_n):
+        try:
+            return backup.receive(HUB, Slow(whole), tmp_path, 99)
+        except Conflict:
+            return None
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(receive, range(2))).count(None) == 1
+    assert [path.name for path in tmp_path.glob("restore*")] == ["restore"]
 
 
 def test_what_was_left_half_done_is_tidied_away(tmp_path):
@@ -497,6 +537,28 @@ def test_a_hub_begins_anew_while_its_agents_run_what_it_does_not_know(
     check(shop)
     case.count("tasks of the backup", 1, shop.api("GET", f"tasks/{known}")["status"] != "done")
     case.kills, case.seen = 1, "goes on with the known task; the unknown one's session is shown"
+
+
+def test_a_restored_hub_has_the_settings_of_its_backup_at_once(shop):
+    (shop.data / "hub.yaml").write_text("heartbeat_s: 7\n")
+    whole = shop.ask("POST", "hub/backup").content
+    (shop.data / "hub.yaml").unlink()
+    assert shop.ask("POST", "hub/restore", data=whole).status_code == 202
+    wait_until(lambda: "restored from a backup" in "".join(shop.lines), 20)
+    wait_until(shop._answers, 20)
+    shop.token = None
+    assert shop.register("dev")["heartbeat_s"] == 7
+
+
+@pytest.mark.hub(tick_s=60)
+def test_a_hub_ends_as_it_should_though_the_last_signs_of_life_cannot_be_saved(shop):
+    """Or it would not begin anew after a restore."""
+    key = shop.register("dev")["api_key"]
+    shop.api("POST", "servers/heartbeat", {}, key=key)  # it is online from here on
+    shop.api("POST", "servers/heartbeat", {}, key=key)
+    resource.prlimit(shop.process.pid, resource.RLIMIT_FSIZE, (4096, -1))
+    assert shop.stop() == 0
+    assert "stopping: The hub's disk does not take any more" in "".join(shop.lines)
 
 
 @pytest.mark.fault("backups while work goes on")

@@ -496,6 +496,24 @@ def test_an_agent_that_counts_from_too_low_is_told_from_where_on(wire):
     assert agent.ask(wire("dev").greeting(number=2**60))[0] == 422
 
 
+@pytest.mark.parametrize("by", [7200, -7200])
+def test_what_an_agent_says_of_time_is_by_its_own_clock(world, agent, worker, by):
+    _, session_id = worker
+    now = time.time()
+    agent.call({"type": "heartbeat", "system_info": {"time": now + by}})
+    times = {"since": now + by - 60, "progress": now + by - 30}
+    agent.call(
+        agent.spool("session_activity", session_id=session_id, state="working", **times),
+        log(session_id, 0, b"x") | {"at": models.iso(now + by - 60)},
+    )
+    row = models.one("SELECT * FROM session WHERE id = ?", (session_id,))
+    assert row["activity_at"] == pytest.approx(now - 60, abs=4)
+    assert row["progress_at"] == pytest.approx(now - 30, abs=4)
+    assert sessions.logs().flush()
+    [block] = sessions.logs().blocks(session_id, 0, 100)[0]
+    assert block.at == pytest.approx(now - 60, abs=4)
+
+
 # ── the spool ─────────────────────────────────────────────────────────────────────────────────
 
 
