@@ -581,6 +581,10 @@ def test_on_a_socket_the_older_agent_goes_on_until_the_newer_has_synced(world, s
         session, _ = sessions.open_session(HUB, {"server_id": "dev"})
         newer.call(newer.greeting()[0])
         assert {"type": "spool_ack", "upto": 1} in older.call(gap(older, session["id"], 1))
+        newer.call(newer.greeting()[1])
+        report = newer.spool("session_gap", 1, session_id=session["id"], **{"from": 30})
+        assert {"type": "spool_ack", "upto": 1} in newer.call(report)
+        assert gaps(world) == [1, 30]
 
 
 def test_a_state_directory_that_was_set_back_is_heard_all_the_same(world, agent, wire):
