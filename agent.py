@@ -144,10 +144,11 @@ class DialogOpen(AgentError):
 class HubError(AgentError):
     """The hub answered with an error."""
 
-    def __init__(self, sentence, status=0, code=""):
+    def __init__(self, sentence, status=0, code="", fields=None):
         super().__init__(printable(sentence))
         self.status = status
         self.code = code
+        self.fields = fields or {}
 
 
 class HubUnreachable(HubError):
@@ -465,7 +466,8 @@ class Hub:
             )
         if response.status_code >= 300:
             detail = answer.get("detail") or f"The hub answered {response.status_code}."
-            raise HubError(detail, response.status_code, answer.get("code", ""))
+            fields = answer.get("fields") or {}
+            raise HubError(detail, response.status_code, answer.get("code", ""), fields)
         return answer
 
 
@@ -616,8 +618,12 @@ class Store:
     def spool_first(self):
         """The lowest number still held, or the next one if all are acknowledged."""
         held = self._rows("SELECT min(n) FROM spool")[0][0]
+        return held or self.spool_last() + 1
+
+    def spool_last(self):
+        """The highest number ever given out."""
         last = self._rows("SELECT seq FROM sqlite_sequence WHERE name = 'spool'")
-        return held or (last[0][0] + 1 if last else 1)
+        return last[0][0] if last else 0
 
     def trim_spool(self, upto):
         with self._transaction() as db:
@@ -2231,6 +2237,7 @@ class Sessions:
             "profile": session.profile,
             "task_id": session.task_id,
             "attempt": session.attempt,
+            "conversation": session.conversation,
             "activity": "no_signal",
             "log_start": session.log_start,
             "log_end": self.log_size(session),
@@ -2242,7 +2249,7 @@ class Sessions:
             session = self.all.get(entry.get("session_id"))
             if session is not None:
                 self.AGREEMENTS[entry["action"]](self, session, entry)
-        adopted = {entry["tmux_name"]: entry["session_id"] for entry in answer.get("adopt", [])}
+        adopted = {entry["tmux_name"]: entry for entry in answer.get("adopt", [])}
         for entry in listed:
             if entry["session_id"] is None:
                 self._adopt_or_close(entry, adopted.get(entry["tmux_name"]))
@@ -2264,21 +2271,50 @@ class Sessions:
 
     AGREEMENTS = {"keep": _keep, "close": _drop}
 
-    def _adopt_or_close(self, entry, session_id):
-        if session_id is None:
+    def _adopt_or_close(self, entry, told):
+        """told: what the hub knows of a terminal that we have no notes of; None to close it."""
+        try:
+            if told is not None:
+                return self._adopt(entry, told)
             log.warning("%s is closed: the hub does not know it", entry["tmux_name"])
-            return self.terminals["tmux"].kill_session(entry["tmux_name"])
+            self.terminals["tmux"].kill_session(entry["tmux_name"])
+        except AgentError as error:  # it has ended meanwhile, for one: the others go on
+            log.warning("%s: %s", entry["tmux_name"], error)
+
+    def _adopt(self, entry, told):
+        acked = told.get("log_acked") or 0
         with self.lock:
-            session = Session(valid_session_id(session_id), entry["tmux_name"], pid=entry["pid"])
-            session.pane_id = self.terminal(session).pane_state(session.tmux_name).pane_id
-            make_private_dir(self.directory(session))
-            os.close(open_private(self.log_path(session), os.O_CREAT | os.O_WRONLY))
-            session.state = "live"
+            session = self._adopted(entry, told, acked)
             self.store.save(session)
-            self.all[session_id] = session
-        self.logs.follow(session_id, self.log_path(session), acked=0)
-        self._mend(session, "the session was adopted; what it printed before is not known")
+            self.all[session.session_id] = session
+        self.logs.follow(session.session_id, self.log_path(session), acked=acked, start=acked)
         log.info("%s adopted", session)
+        if entry["alive"]:
+            self._mend(session, "the session was adopted; what it printed before is not known")
+
+    def _adopted(self, entry, told, acked):
+        """Its output goes on where the hub's record ends, behind what is left of its file."""
+        session = Session(
+            valid_session_id(told["session_id"]),
+            entry["tmux_name"],
+            state="live",
+            profile=told.get("profile"),
+            task_id=told.get("task_id"),
+            attempt=told.get("attempt"),
+            working_directory=told.get("working_directory") or "",
+            conversation=told.get("conversation"),
+            pid=entry["pid"],
+            log_start=acked,
+        )
+        profile = self.profiles.get(session.profile, {})
+        session.ends_task = bool(session.task_id and profile.get("completes_on_exit"))
+        session.pane_id = self.terminal(session).pane_state(session.tmux_name).pane_id
+        make_private_dir(self.directory(session))
+        path = self.log_path(session)
+        os.close(open_private(path, os.O_CREAT | os.O_WRONLY))
+        if path.stat().st_size < acked:
+            os.truncate(path, acked)
+        return session
 
     # -- typing
 
@@ -4410,6 +4446,7 @@ class Agent:
         self.commands = queue.SimpleQueue()  # frames with the epoch they came in
         self.lanes = Lanes(lambda frame: self._carry_out(self.MOMENTS, frame))
         self.connection = 0
+        self.syncs = self.store.get("syncs", 0)  # made so far, with this state directory
         self.epoch = ""
         self.heartbeat_s = 30
         self._listed = []
@@ -4438,6 +4475,7 @@ class Agent:
             "instance": self.instance,
             "spool_id": self.store.get("spool_id"),
             "spool_first": self.store.spool_first(),
+            "spool_last": self.store.spool_last(),
             "features": [],
         }
 
@@ -4450,11 +4488,24 @@ class Agent:
         return {
             "type": "sync",
             "instance": self.instance,
+            "number": self._next_sync(),
+            "time": time.time(),
             "sessions": self._listed,
             "capabilities": self._capabilities(),
             "profiles_etag": self.store.get("profiles_etag"),
             "rules_etag": self.rules.etag,
         }
+
+    def _next_sync(self):
+        """The number of a sync: the hub takes none that was made before one it has had."""
+        self.outrun(self.syncs + 1)
+        return self.syncs
+
+    def outrun(self, number):
+        """The hub has had a sync of this number."""
+        self.syncs = max(self.syncs, number)
+        with contextlib.suppress(sqlite3.Error):  # the disk is full: the hub tells the number
+            self.store.put("syncs", self.syncs)
 
     def _capabilities(self):
         return {
@@ -4624,6 +4675,7 @@ class Agent:
 
     def _auth_ok(self, frame):
         self.epoch = frame["hub_epoch"]
+        self.outrun(frame.get("synced") or 0)
         self.heartbeat_s = float(frame.get("heartbeat_s") or self.heartbeat_s)
         name = printable(frame.get("server_name"))
         log.info("connected to %s as %s", self.config["hub_url"], name)
@@ -5327,7 +5379,9 @@ class PollCarrier:
         with self._lock:
             if connection == self.connection:
                 self.synced.clear()
-        if error.code == "superseded":
+        if error.code == "late_sync":
+            self.agent.outrun(error.fields["synced"])
+        elif error.code == "superseded":
             self.stop.wait(self.settings.superseded_s)
         elif error.code != "sync_required" or syncing:
             self.stop.wait(self._refusals.pause())
@@ -5338,7 +5392,7 @@ class PollCarrier:
 
     def _report(self, error):
         """Say once that the hub is away; a refusal is said each time."""
-        if error.code == "sync_required":
+        if error.code in ("sync_required", "late_sync"):
             log.info("the hub asks for a new start of the connection")
         elif not retryable(error):
             log.error("%s", error)

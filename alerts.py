@@ -65,6 +65,34 @@ def begin(
     return True
 
 
+COMMAND_WORDS = {
+    "intervention_response": "The answer to a question",
+    "intervention_for_session": "A question",
+    "permission_answer": "The answer to a permission request",
+    "permission_denied": "The reason of a denial",
+    "plan_approved": "The approval of a plan",
+    "plan_revision": "What should be different in a plan",
+    "task_note": "A note",
+    "task_updated": "Word of a changed task",
+    "task_assigned": "Word of a new task",
+    "task_status_update": "News of a task",
+}
+DELIVERY_WORDS = {
+    "unknown": "may or may not have reached",
+    "failed": "did not reach",
+}
+
+
+def undelivered(tx: Transaction, session: dict, how: str, why: str | None, **of) -> None:
+    """Open an alert on something that was to be said to a session (a row).
+
+    how: `unknown` or `failed`. of: {command: its type, about: its id}.
+    """
+    what = COMMAND_WORDS.get(of["command"], "A message")
+    sentence = f"{what} {DELIVERY_WORDS[how]} session {session['name']}: {why}."
+    begin(tx, "delivery", session["project_id"], sentence, session=session, about=of["about"])
+
+
 def _emit(tx: Transaction, alert: dict, event: str, actor: str, details: dict) -> None:
     tx.emit(
         event,

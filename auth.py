@@ -19,6 +19,7 @@ from pathlib import Path
 from werkzeug.security import check_password_hash, generate_password_hash
 
 from models import (
+    UNHEARD,
     Conflict,
     Forbidden,
     Invalid,
@@ -289,12 +290,23 @@ def _by_session_key(key: str) -> Caller:
     found = None
     if _same(session_key(session_id), key):
         found = one(
-            "SELECT s.*, v.revoked FROM session s JOIN server v ON v.id = s.server_id"
-            " WHERE s.id = ?",
+            f"SELECT s.*, v.revoked, s.server_id IN {UNHEARD} AS unheard"
+            " FROM session s JOIN server v ON v.id = s.server_id WHERE s.id = ?",
             (session_id,),
         )
     if not found or found["revoked"] or found["state"] in ("closed", "failed"):
         raise Unauthorised("This session key is not valid: its session has ended.")
+    if found["state"] == "lost":
+        raise Unauthorised(
+            "This session key is not valid: its server does not have the session any more. It "
+            "works again should the session turn up."
+        )
+    if found["unheard"]:
+        raise Unauthorised(
+            "The hub was restored from a backup and does not know yet whether this session goes "
+            "on: try again once its server has connected.",
+            code="restored",
+        )
     return Caller(
         "session",
         found["id"],

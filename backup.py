@@ -13,16 +13,20 @@ import os
 import shutil
 import sqlite3
 import tarfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import alerts
 import cascade
+import leases
 import moves
 import tasks
-from auth import HUB, Caller, require
+from auth import HUB, SECRET_BYTES, Caller, require
 from models import (
+    Conflict,
     Invalid,
     Transaction,
     execute,
@@ -32,6 +36,7 @@ from models import (
     one,
     rows,
     since_epoch,
+    sync_folder,
     transaction,
     writing_files,
 )
@@ -166,6 +171,7 @@ def _extract(archive, folder: Path) -> None:
                     os.fsync(file.fileno())
     except (tarfile.TarError, EOFError, FileExistsError) as error:
         raise Invalid(f"This is no backup of a hub, or it is cut off ({error}).") from None
+    sync_folder(folder)
 
 
 def _private(path, flags):
@@ -189,6 +195,8 @@ def _checked(folder: Path, schema: int) -> dict:
     for path in folder.iterdir():
         if path.name != DESCRIPTION and sums.get(path.name) != offloop(_digest, str(path)):
             raise Invalid(f"{path.name} in the backup is damaged: take another one.")
+    if (folder / "secret").stat().st_size != SECRET_BYTES:
+        raise Invalid("The secret in the backup is not whole: take another one.")
     for name in DATABASES:
         if (folder / name).exists() and offloop(_integrity, str(folder / name)) != "ok":
             raise Invalid(f"{name} in the backup is damaged: take another one.")
@@ -207,13 +215,33 @@ def _integrity(path: str) -> str:
 
 def receive(caller: Caller, archive, data: Path, schema: int) -> dict:
     """Take a backup that the hub is to begin anew from; its description. It is put in place at the
-    next start. For admins. Raises Invalid."""
+    next start. For admins. Raises Invalid, and Conflict while another one waits."""
     require(caller, "user.admin")
+    _refuse_second(data)
     folder = Path(data) / f"{WAITING}-{uuid.uuid4().hex}"
     description = unpack(archive, folder, schema)
-    shutil.rmtree(Path(data) / WAITING, ignore_errors=True)
-    folder.rename(Path(data) / WAITING)
+    try:
+        with _receiving:  # nothing in here lets others go first, but threads may
+            _refuse_second(data)
+            shutil.rmtree(Path(data) / WAITING, ignore_errors=True)  # left over
+            folder.rename(Path(data) / WAITING)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    sync_folder(data)
     return description
+
+
+_receiving = threading.Lock()
+
+
+def _refuse_second(data: Path) -> None:
+    waiting = Path(data) / WAITING
+    if (waiting / DESCRIPTION).exists():
+        raise Conflict(
+            "A backup waits already to be put in place when the hub starts, which it does by "
+            f"itself after a restore: restart it, or remove {waiting} if it is not wanted."
+        )
 
 
 def put_in_place(data: Path) -> Path | None:
@@ -243,6 +271,7 @@ def _put(folder: Path, data: Path, kept: Path) -> Path:
             (folder / name).rename(data / name)
     (kept / "UNFINISHED").unlink(missing_ok=True)
     (folder / DESCRIPTION).rename(data / MARK)
+    sync_folder(data)
     shutil.rmtree(folder)
     return kept
 
@@ -265,6 +294,9 @@ def begin_anew(tx: Transaction, made_at: str) -> None:
     execute("DELETE FROM registration WHERE used_at IS NULL")
     execute("DELETE FROM pairing_code")
     execute("UPDATE server SET draining = 1, instance = '' WHERE revoked = 0")
+    leases.move_along(tx.now - since_epoch(made_at))
+    execute("UPDATE server SET offline_at = ? WHERE online = 0 AND revoked = 0", (tx.now,))
+    _say_nothing_twice(tx)
     execute(
         "INSERT OR REPLACE INTO meta VALUES ('restored', ?)",
         (json.dumps([row["id"] for row in rows("SELECT id FROM server WHERE revoked = 0")]),),
@@ -273,14 +305,47 @@ def begin_anew(tx: Transaction, made_at: str) -> None:
     tx.emit("hub_restored", None, HUB.actor, {"made_at": made_at})
 
 
+# Commands that do no harm when they are carried out a second time.
+SENT_AGAIN = ("session_close", "task_cancelled", "rules_changed")
+IN_DOUBT = "the hub was restored from a backup, and it may have been said since"
+
+
+def _say_nothing_twice(tx: Transaction) -> None:
+    """Whether a command that nobody had taken was carried out since the backup is not known here.
+    What would run or be typed a second time is not sent: of a session that was to start, its agent
+    says when it connects whether it has it; of words, a person is told."""
+    kinds = ", ".join("?" * len(SENT_AGAIN))
+    for command in rows(
+        "UPDATE command SET acked_at = ? WHERE acked_at IS NULL"
+        f" AND type NOT IN ({kinds}) RETURNING *",
+        (tx.now, *SENT_AGAIN),
+    ):
+        session = one("SELECT * FROM session WHERE id = ?", (command["session_id"],))
+        if session and not moves.starts(command, session):
+            _doubt(tx, session, command["type"], str(command["id"]))
+    execute(
+        "UPDATE permission SET delivery = 'unknown', delivery_why = ? WHERE delivery = 'sent'",
+        (IN_DOUBT,),
+    )
+    execute(
+        "UPDATE intervention SET delivery = 'unknown', delivery_why = ? WHERE delivery = 'sent'",
+        (IN_DOUBT,),
+    )
+    # An answer kept for a call that waits is for that call alone from now on.
+    for held in rows(
+        "UPDATE intervention SET claim_until = NULL WHERE delivery = 'held' RETURNING *"
+    ):
+        session = one("SELECT * FROM session WHERE id = ?", (held["session_id"],))
+        if session:
+            _doubt(tx, session, "intervention_response", held["id"])
+
+
+def _doubt(tx: Transaction, session: dict, command: str, about: str) -> None:
+    if session["state"] in cascade.SESSION_LIVE:
+        alerts.undelivered(tx, session, "unknown", IN_DOUBT, command=command, about=about)
+
+
 # ── agents that are ahead ─────────────────────────────────────────────────────────────────────
-
-
-def ahead(server_id: str) -> bool:
-    """Whether the server connects for the first time after a restore: what it works on may be
-    newer than what the hub knows."""
-    stored = one("SELECT value FROM meta WHERE key = 'restored'")
-    return bool(stored) and server_id in json.loads(stored["value"])
 
 
 def caught_up(server_id: str) -> None:

@@ -113,6 +113,7 @@ SETTINGS = (
 )
 
 
+PUT_IN_PLACE = "restored from a backup; what was there before is in %s"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 SECRETS = frozenset({"telegram_token"})  # settings that no page shows
 KINDS = {str: "text", int: "a whole number", float: "a number"}
@@ -212,7 +213,7 @@ def open_data(settings: dict) -> None:
     data = Path(settings["data"])
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     if kept := backup.put_in_place(data):
-        log.warning("restored from a backup; what was there before is in %s", kept)
+        log.warning(PUT_IN_PLACE, kept)
     models.open_db(data / "hub.db")
     backup.finish(data)
     auth.use_secret(data / "secret")
@@ -389,9 +390,20 @@ def main(argv: list[str] | None = None) -> int:
             if deeds[name]:
                 return deed(settings, deeds[name])
         with holding(Path(settings["data"])):
-            return serve(settings)
-    except models.UnusableData as error:
+            return serve(_restored(settings, flags))
+    except (models.UnusableData, BadSetting) as error:
         return _complain(str(error))
+
+
+def _restored(settings: dict, flags: dict) -> dict:
+    """The settings to serve with: those of a backup that waits, once it is in its place. Raises
+    BadSetting."""
+    if not (kept := backup.put_in_place(settings["data"])):
+        return settings
+    log.warning(PUT_IN_PLACE, kept)
+    settings = read_settings(flags)
+    logging.getLogger().setLevel(settings["log_level"])
+    return settings
 
 
 def print_login_link(settings: dict, _flag: bool) -> int:
@@ -508,7 +520,10 @@ def serve(settings: dict) -> int:
     ws.stop(STOPPING_S)
     models.bus.close()
     server.stop(timeout=STOPPING_S)
-    servers.save_heartbeats()
+    try:
+        servers.save_heartbeats()
+    except models.Refused as refused:  # they are but signs of life: it ends, or begins anew
+        log.error("stopping: %s", refused)
     sessions.logs().close()
     models.close_db()
     if again.is_set():

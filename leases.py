@@ -6,6 +6,7 @@ is stored is moved along (`translate`), so that nothing runs out early or late. 
 was away, everybody gets time to speak before anything is given up (`Listening`).
 """
 
+import math
 import threading
 import time
 
@@ -19,6 +20,7 @@ from models import (
     clock,
     execute,
     in_chunks,
+    is_unheard,
     keep_clock,
     labels,
     loads,
@@ -29,6 +31,7 @@ from models import (
 
 AT_ONCE = 500  # tasks looked at in one run of a job
 QUIET_S = 90.0  # how long the hub only listens after it was away itself
+RESTORED = "; the hub was restored from a backup, so it may have been finished since"
 
 
 # ── a session or server is gone ───────────────────────────────────────────────────────────────
@@ -89,14 +92,17 @@ def release_lost(now: float, lost_after: float) -> int:
         (now - lost_after,),
     ):
         why = f"server {server['name']} has been away for {lost_after:g} s"
+        unheard = is_unheard(server["id"])
+        why += RESTORED if unheard else ""
         for task in tasks.held_by(server["id"]):
-            if task["on_lost"] == "ask" and _known(task, server["offline_at"]):
+            asks = unheard or task["on_lost"] == "ask"
+            if asks and _known(task, server["offline_at"]):
                 continue
             with transaction() as tx:
                 if _still_away(server["id"], now - lost_after):
                     task = moves.row(task["id"])
                     if task["server_id"] == server["id"] and task["status"] in cascade.HOLDS_SLOT:
-                        released += lose(tx, task, why)
+                        released += lose(tx, task, why, unheard)
     return released
 
 
@@ -223,13 +229,18 @@ RUNNING = (
 
 def translate(tx: Transaction, by: float) -> None:
     """The hub's clock was set by so many seconds: move what is running along with it."""
-    since, until = clock.stamped(by)
+    move_along(by, *clock.stamped(by))
+    keep_clock(by)
+    tx.emit("clock_set", None, HUB.actor, {"by_s": round(by, 3)})
+
+
+def move_along(by: float, since: float = 0.0, until: float = math.inf) -> None:
+    """Move the times of what is running by so many seconds, which have not passed for the hub; of
+    what was stamped between `since` and `until`, in seconds since 1970."""
     values = {"by": by, "since": since, "until": until}
     for table, columns, which in RUNNING:
         changes = ", ".join(_moved(*column.split(":")) for column in columns)
         execute(f"UPDATE {table} SET {changes} WHERE {which}", values)
-    keep_clock(by)
-    tx.emit("clock_set", None, HUB.actor, {"by_s": round(by, 3)})
 
 
 def _moved(column: str, counted_from: str | None = None) -> str:

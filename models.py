@@ -422,6 +422,15 @@ def epoch() -> str:
     return one("SELECT value FROM meta WHERE key = 'hub_epoch'")["value"]
 
 
+# The servers that have not said what they have since the hub was restored from a backup.
+UNHEARD = "(SELECT j.value FROM meta, json_each(meta.value) AS j WHERE meta.key = 'restored')"
+
+
+def is_unheard(server_id: str) -> bool:
+    """Whether the hub was restored from a backup and has not heard since what the server has."""
+    return bool(one(f"SELECT 1 WHERE ? IN {UNHEARD}", (server_id,)))
+
+
 def new_id() -> str:
     return str(uuid.uuid4())
 
@@ -735,6 +744,7 @@ class Server(Table):
     instance = TextField(default="")
     spool_id = TextField(default="")
     spool_upto = IntegerField(default=0)
+    synced = IntegerField(default=0)
     last_seen = FloatField(null=True)
     offline_at = FloatField(null=True)
     created_at = FloatField(default=time.time)

@@ -178,3 +178,10 @@ def command(tx, server_id: str, kind: str, session_id, task: dict | None = None,
         ),
     )
     tx.tell(f"server:{server_id}")
+
+
+def starts(command: dict, session: dict) -> bool:
+    """Whether a command (a row) is the one that starts the session, not one that tells it
+    something."""
+    own_worker = command["type"] == "task_assigned" and session["task_id"] == command["task_id"]
+    return own_worker or command["type"] == "session_start"

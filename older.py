@@ -112,7 +112,8 @@ class Daemon:
             self.listening = True
         for session_id in _over(self._starting, now):
             error = f"the daemon did not say within {START_S:g} s that it has started"
-            self._report("session_error", session_id, error=error)
+            if self._row(session_id)["state"] == "starting":
+                self._report("session_error", session_id, error=error)
             del self._starting[session_id]
         for session_id in _over(self._closing, now):
             log.warning("%s did not say that %s is closed", self.caller.name, session_id)

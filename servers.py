@@ -37,6 +37,7 @@ OFFLINE_AFTER_S = 90.0
 LOST_AFTER_S = 900.0
 SLOTS_MOST = 10_000
 TROUBLE_MOST = 500  # characters
+SKEW_S = 5.0
 
 
 def register(data: dict, address: str) -> dict:
@@ -258,6 +259,7 @@ class _Life:
         self._info: dict[str, dict] = {}
         self._unsaved: set[str] = set()
         self.troubles: dict[str, str] = {}  # as they stand among the alerts
+        self.skews: dict[str, float] = {}  # seconds each one's clock is ahead of the hub's
         self._ticked = time.monotonic()
 
     def hear(self, server_id: str, info: dict | None = None) -> bool:
@@ -317,6 +319,7 @@ class _Life:
             now = time.monotonic()
             self._heard = dict.fromkeys(server_ids, (now, time.time()))
             self._info.clear()
+            self.skews.clear()
             self._unsaved.clear()
             self.troubles.clear()
             self._ticked = now
@@ -362,15 +365,32 @@ def _came_online(server_id: str) -> None:
 
 def heartbeat(caller: Caller, system_info: dict | None) -> None:
     """A sign of life with what the agent says of its machine; `trouble` in it is an alert."""
-    clock = _number((system_info or {}).get("time"))
-    if clock is not None:
-        system_info = system_info | {"clock_skew_s": round(clock - time.time(), 1)}
+    skew = note_clock(caller.server_id, (system_info or {}).get("time"))
+    if skew is not None:
+        system_info = system_info | {"clock_skew_s": round(skew, 1)}
     alive(caller.server_id, system_info)
     if system_info is not None:
         trouble = str(system_info.get("trouble") or "")[:TROUBLE_MOST]
         if trouble != _life.troubles.get(caller.server_id):
             _note_trouble(caller, trouble)
             _life.troubles[caller.server_id] = trouble
+
+
+def note_clock(server_id: str, shows) -> float | None:
+    """A server's clock shows so many seconds since 1970 just now: by how many it is ahead of the
+    hub's; None for what is no time."""
+    shows = _number(shows)
+    if shows is None:
+        return None
+    skew = _life.skews[server_id] = shows - time.time()
+    return skew
+
+
+def by_our_clock(server_id: str, at: float) -> float:
+    """A time by a server's clock, in seconds since 1970, as the hub's clock has it. What is on its
+    way makes a clock look late, so that a few seconds say nothing."""
+    skew = _life.skews.get(server_id, 0.0)
+    return at - skew if abs(skew) > SKEW_S else at
 
 
 def _note_trouble(caller: Caller, trouble: str) -> None:

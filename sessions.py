@@ -86,8 +86,9 @@ def move(tx: Transaction, session: dict, verb: str, actor: str, **changes) -> di
     )
     if done.rowcount != 1:
         return one("SELECT * FROM session WHERE id = ?", (session["id"],))
-    if goal in ("closed", "failed"):
+    if goal in ("closed", "failed", "lost"):
         tx.tell("access")  # its key has died with it
+    if goal in ("closed", "failed"):
         logs().ended(session["id"])
         permissions.end_of_session(tx, after)
         alerts.over(tx, session["id"], "stuck", "quota", "prompt")

@@ -72,6 +72,7 @@ class Link:
         self.instance = instance
         self.topics = (f"server:{server_id}",)
         self.sent: dict[int, float] = {}
+        self.spool_id: str | None = None  # of the numbers its frames carry, once it has said so
         self.heard = time.monotonic()
         self.silent = False
         self.revoked = False
@@ -163,12 +164,27 @@ class Link:
 
 
 class PollLink(Link):
-    """An agent that polls: calls come and take what waits."""
+    """An agent that polls: calls come and take what waits.
 
-    def __init__(self, server_id: str, instance: str):
+    seq: of the call that opened it. An agent has one call under way that carries frames and one
+    that waits, and numbers them in the order of its making them.
+    """
+
+    def __init__(self, server_id: str, instance: str, seq: int):
         super().__init__(server_id, instance)
         self._answers: OrderedDict[int, list] = OrderedDict()
+        self._newest = {True: seq, False: seq}  # {whether it carries: number}
         self._waiter = None  # the call that waits; a newer one means that it was cut off
+
+    def is_late(self, seq: int, carries: bool) -> bool:
+        """Whether a call was overtaken by one made after it, as a copy is that a proxy or a
+        network had kept; nobody waits for its answer."""
+        with self._changed:
+            if seq in self._answers:
+                return False
+            late = seq < self._newest[carries]
+            self._newest[carries] = max(seq, self._newest[carries])
+            return late
 
     def answered(self, seq: int) -> list | None:
         return self._answers.get(seq)
@@ -255,7 +271,7 @@ class SocketLink(Link):
         frame."""
         frames = [_frame(text) for text in texts]
         for part in _up_to_pings(frames):
-            send(self._connection, receive(caller, part))
+            send(self._connection, receive(caller, part, self.spool_id))
         self.acknowledged(frames)
 
     def supersede(self) -> None:
@@ -418,9 +434,18 @@ def poll(json_data: Poll):
     caller = server_caller()
     servers.alive(caller.server_id)
     link = links.polling(caller.server_id, json_data.instance)
-    syncing = any(f.get("type") == "sync" for f in json_data.frames)
+    if link and link.is_late(json_data.seq, bool(json_data.frames)):
+        raise Conflict(
+            "This call came after later ones of this agent, so nothing of it was done: send auth "
+            "and sync first.",
+            code="sync_required",
+        )
+    said = {f["type"]: f for f in json_data.frames if f.get("type") in ("auth", "sync")}
+    syncing = "sync" in said
     if syncing and not (link and link.answered(json_data.seq) is not None):
-        link = PollLink(caller.server_id, json_data.instance)
+        _opened(wire.refuse_late, caller, said["sync"])
+        link = PollLink(caller.server_id, json_data.instance, json_data.seq)
+        link.spool_id = wire.spool_id_of(said["auth"]) if "auth" in said else None
         links.open(link)
     if link is None:
         raise Conflict(
@@ -440,7 +465,7 @@ def _exchange(caller: Caller, link: PollLink, call: Poll) -> list[dict]:
         return done
     link.remind(link.heard)
     if call.frames:
-        frames = receive(caller, call.frames)
+        frames = receive(caller, call.frames, link.spool_id)
         link.acknowledged(call.frames)
         frames += link.take()
     else:
@@ -465,18 +490,17 @@ def agent_socket(connection: Wire):
     if caller:
         connection.allow(AGENT_MOST)
         connection.stay_in_background()
-        instance = str(hello.get("instance") or "") if hello.get("protocol") == 2 else None
-        return partial(_serve, connection, caller, instance)
+        return partial(_serve, connection, caller, hello)
 
 
-def _serve(connection: Wire, caller: Caller, instance: str | None) -> None:
-    """instance: of the agent; None for a daemon that speaks the older form."""
+def _serve(connection: Wire, caller: Caller, hello: dict) -> None:
+    """hello: the auth frame, of either form."""
     link = None
     try:
-        if instance is None:
+        if hello.get("protocol") != 2:
             link = _joined_older(connection, caller)
         else:
-            link = _joined(connection, caller, instance, _frame(connection.receive()))
+            link = _joined(connection, caller, hello, _frame(connection.receive()))
         while True:
             _exchange_next(connection, caller, link)
     except Refused as refused:
@@ -518,7 +542,7 @@ def _greeted(connection: Wire) -> tuple[Caller | None, dict]:
         if frame.get("protocol") not in (None, 1, 2):
             raise Invalid("This hub speaks protocol 2 here: update the hub.", code="protocol")
         older_form = frame.get("protocol") != 2
-        answers = [] if older_form else _opened(_auth, caller, frame)
+        answers = [] if older_form else _opened(_welcome, caller, frame)
     except Refused as refused:
         send(connection, [{"type": "auth_error", "detail": str(refused), "code": refused.code}])
         connection.close(CLOSE_CODES.get(refused.status, MALFORMED), str(refused))
@@ -527,13 +551,20 @@ def _greeted(connection: Wire) -> tuple[Caller | None, dict]:
     return caller, frame
 
 
-def _joined(connection: Wire, caller: Caller, instance: str, frame: dict) -> SocketLink:
+def _joined(connection: Wire, caller: Caller, hello: dict, frame: dict) -> SocketLink:
     """Take the sync of a new connection; it is its server's connection from now on."""
     if frame.get("type") != "sync":
         raise Invalid("The second frame must be sync.")
     servers.alive(caller.server_id)
-    link = SocketLink(caller.server_id, instance, connection)
-    _open(link, caller, lambda: send(connection, _opened(_sync, caller, frame)))
+    _opened(wire.refuse_late, caller, frame)
+    link = SocketLink(caller.server_id, str(hello.get("instance") or ""), connection)
+    link.spool_id = wire.spool_id_of(hello)
+
+    def agree():
+        wire.greet(caller, hello)
+        send(connection, _opened(_sync, caller, frame))
+
+    _open(link, caller, agree)
     return link
 
 
@@ -600,8 +631,11 @@ def send(connection: Wire, frames: list[dict]) -> None:
 # ── frames ────────────────────────────────────────────────────────────────────────────────────
 
 
-def receive(caller: Caller, frames: list[dict]) -> list[dict]:
-    """Handle what an agent sent, in order; the frames to answer with."""
+def receive(caller: Caller, frames: list[dict], spool_id: str | None = None) -> list[dict]:
+    """Handle what an agent sent, in order; the frames to answer with.
+
+    spool_id: of the connection they came by, if it has said so.
+    """
     answers, spooled = [], []
     for frame in frames:
         if not isinstance(frame.get("type"), str):
@@ -610,12 +644,12 @@ def receive(caller: Caller, frames: list[dict]) -> list[dict]:
             spooled.append(frame)
             continue
         if spooled:
-            answers.append(_take(caller, spooled))
+            answers.append(_take(caller, spooled, spool_id))
             spooled = []
         opening = OPENING.get(frame.get("type"))
         answers += _opened(opening, caller, frame) if opening else wire.take_passing(caller, frame)
     if spooled:
-        answers.append(_take(caller, spooled))
+        answers.append(_take(caller, spooled, spool_id))
     return answers
 
 
@@ -627,12 +661,18 @@ def _opened(handler, caller: Caller, frame: dict) -> list[dict]:
         raise Invalid(f"The {frame['type']} frame is malformed: {broken!r:.200}.") from broken
 
 
-def _take(caller: Caller, spooled: list[dict]) -> dict:
-    return {"type": "spool_ack", "upto": wire.take_spooled(caller, spooled)}
+def _take(caller: Caller, spooled: list[dict], spool_id: str | None) -> dict:
+    return {"type": "spool_ack", "upto": wire.take_spooled(caller, spooled, spool_id)}
 
 
 def _auth(caller: Caller, frame: dict) -> list[dict]:
     wire.greet(caller, frame)
+    return _welcome(caller, frame)
+
+
+def _welcome(caller: Caller, frame: dict) -> list[dict]:
+    """What an auth frame is answered with; on a socket it is taken note of with the sync."""
+    wire.spool_of(frame)  # before it is welcome
     return [
         {
             "type": "auth_ok",
@@ -643,6 +683,7 @@ def _auth(caller: Caller, frame: dict) -> list[dict]:
             "time": models.iso(time.time()),
             "heartbeat_s": servers.HEARTBEAT_S,
             "lost_after_s": servers.LOST_AFTER_S,
+            "synced": wire.synced(caller.server_id),
         }
     ]
 

@@ -13,6 +13,7 @@ import reading
 import routing
 from auth import ALIVE, HUB, Caller, find, report_allowed, require
 from models import (
+    UNHEARD,
     Conflict,
     Forbidden,
     Invalid,
@@ -1097,9 +1098,11 @@ def due_again(now: float) -> int:
 
 
 def time_out(now: float) -> int:
-    """End what took too long to start or to finish; how many."""
+    """End what took too long to start or to finish; how many. What a restored hub does not know
+    of yet may have been started and finished."""
     late = rows(
-        "SELECT id FROM task WHERE deadline_at <= ? AND waiting_since IS NULL LIMIT ?",
+        "SELECT id FROM task WHERE deadline_at <= ? AND waiting_since IS NULL"
+        f" AND server_id NOT IN {UNHEARD} LIMIT ?",
         (now, AT_ONCE),
     )
     for found in late:

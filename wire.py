@@ -41,6 +41,7 @@ from models import (
     dumps,
     execute,
     in_chunks,
+    is_unheard,
     iso,
     loads,
     one,
@@ -61,6 +62,7 @@ BIGGEST_S = 10**9  # a block's bytes were printed within so many seconds
 WHY_MOST = 500
 SIGNALS_MOST = 20_000  # characters of what the sources of signals said
 SESSIONS_MOST = 1000  # one server may name at once
+NUMBER_MOST = 2**53  # JSON has no larger whole numbers everywhere
 
 
 def pending_commands(server_id: str, sent: dict[int, float], now: float) -> list[dict]:
@@ -93,15 +95,9 @@ def _drop_command(row: dict) -> None:
     with transaction() as tx:
         acknowledge(row["server_id"], [row["id"]])
         session = one("SELECT * FROM session WHERE id = ?", (row["session_id"],))
-        if session and session["state"] == "starting" and _starts(row, session):
+        if session and session["state"] == "starting" and moves.starts(row, session):
             why = "its task was taken back before it started"
             sessions.move(tx, session, "close", HUB.actor, reason=why, closed_at=tx.now)
-
-
-def _starts(row: dict, session: dict) -> bool:
-    """Whether a command is the one that starts the session, not one that tells it something."""
-    own_worker = row["type"] == "task_assigned" and session["task_id"] == row["task_id"]
-    return own_worker or row["type"] == "session_start"
 
 
 def acknowledge(server_id: str, ids: list[int]) -> None:
@@ -248,12 +244,27 @@ MALFORMED = (
 )
 
 
+def spool_of(frame: dict) -> tuple[str, int, int | None]:
+    """(id, lowest number held, highest number ever given out if it is said) of an agent's spool, as
+    its auth frame has them. Raises ValueError or TypeError."""
+    last = frame.get("spool_last")
+    first = int(frame.get("spool_first") or 1)
+    return spool_id_of(frame), first, None if last is None else int(last)
+
+
+def spool_id_of(frame: dict) -> str:
+    return str(frame.get("spool_id") or "")
+
+
 def greet(caller: Caller, frame: dict) -> None:
-    """Take note of who connects: version, instance and where its spool stands."""
-    spool_id, first = frame.get("spool_id") or "", int(frame.get("spool_first") or 1)
+    """Take note of who connects: version, and where its spool stands. A state directory that was
+    set back to an earlier state numbers its reports anew from there: they are new ones."""
+    spool_id, first, last = spool_of(frame)
     with transaction():
         server = one("SELECT * FROM server WHERE id = ?", (caller.server_id,))
         known = server["spool_upto"] if server["spool_id"] == spool_id else 0
+        if last is not None:
+            known = min(known, last)
         execute(
             "UPDATE server SET protocol = 2, agent_version = ?, spool_id = ?, spool_upto = ?"
             " WHERE id = ?",
@@ -261,29 +272,74 @@ def greet(caller: Caller, frame: dict) -> None:
         )
 
 
+def synced(server_id: str) -> int:
+    """The number of the last sync of a server's agents that took effect."""
+    return one("SELECT synced FROM server WHERE id = ?", (server_id,))["synced"]
+
+
+def refuse_late(caller: Caller, frame: dict) -> int | None:
+    """The number of a sync, which rises with each of a server, whichever of its agents makes it;
+    None from an agent that does not number them. Raises Conflict `late_sync` for one that was made
+    before another that took effect, as a copy is that a network had kept: what it says of the
+    sessions is not so any more. An agent that starts anew is told from where on to count.
+    """
+    number = frame.get("number")
+    if number is None:
+        return None
+    if not 0 < int(number) < NUMBER_MOST:
+        raise ValueError(f"no number of a sync: {number!r}")
+    known = synced(caller.server_id)
+    if int(number) <= known:
+        raise Conflict(
+            f"This sync (number {number}) was made before the last one the hub knows ({known}): "
+            "make a new one with a higher number.",
+            code="late_sync",
+            synced=known,
+        )
+    return int(number)
+
+
 def sync(caller: Caller, frame: dict) -> dict:
     """Compare what the agent has with what should be, repair the difference; the sync_ok frame."""
     instance = str(frame.get("instance") or "")
     if len(frame.get("sessions") or ()) > SESSIONS_MOST:
         raise ValueError(f"more than {SESSIONS_MOST} sessions")
+    servers.note_clock(caller.server_id, frame.get("time"))
     with transaction() as tx:
+        number = refuse_late(caller, frame)
         server = one("SELECT * FROM server WHERE id = ?", (caller.server_id,))
         restarted = server["instance"] != instance
         _update_capabilities(server, frame.get("capabilities") or {}, instance)
+        if number:
+            execute("UPDATE server SET synced = ? WHERE id = ?", (number, server["id"]))
         answer, named, adopt = [], set(), []
-        ahead = backup.ahead(server["id"])
+        ahead = is_unheard(server["id"])
         for item in frame.get("sessions") or ():
-            session = _named_session(tx, server, item, adopt)
+            session, is_stranger = _named_session(tx, server, item)
             if ahead and not session["task_id"] and item.get("task_id"):
                 backup.take_over(tx, session, str(item["task_id"]), int(item["attempt"]))
                 session = one("SELECT * FROM session WHERE id = ?", (session["id"],))
+            if ahead and item.get("alive", True):
+                session = _believed_begun(tx, caller, session, item)
             named.add(session["id"])
-            answer.append(_reconcile(tx, session, item, restarted))
-        _lose_others(tx, server["id"], named, RESTORED if ahead else "")
-        if ahead:
-            backup.caught_up(server["id"])
+            agreed = _reconcile(tx, session, item, restarted)
+            answer.append(agreed)
+            if is_stranger and agreed["action"] == "keep":
+                adopt.append(_adoption(session, item, agreed["log_acked"]))
+        _named_all(tx, server["id"], named)
         routing.place_waiting(tx, one("SELECT * FROM server WHERE id = ?", (server["id"],)))
     return {"type": "sync_ok", "sessions": answer, "adopt": adopt}
+
+
+def _believed_begun(tx: Transaction, caller: Caller, session: dict, item: dict) -> dict:
+    """The session as it is when what its agent has running has begun: the hub was restored, and
+    its agent, which has said so once, does not say it again."""
+    if session["state"] == "starting":
+        _session_started(tx, caller, item | {"session_id": session["id"]})
+    for task in _open_tasks_of(session):
+        if task["status"] == "assigned" and task["id"] == session["task_id"]:
+            tasks.start(HUB, task["id"], task["attempt"])
+    return one("SELECT * FROM session WHERE id = ?", (session["id"],))
 
 
 def _update_capabilities(server: dict, has: dict, instance: str) -> None:
@@ -304,20 +360,26 @@ def _words(given) -> list[str] | None:
     raise ValueError(f"not a list of words: {given!r}")
 
 
-def _named_session(tx: Transaction, server: dict, item: dict, adopt: list) -> dict:
-    """The hub's row of a session the agent has; one it does not know is adopted."""
+def _named_session(tx: Transaction, server: dict, item: dict) -> tuple[dict, bool]:
+    """The hub's row of a session the agent has, and whether the agent knows nothing of it but its
+    name in tmux. One the hub does not know is adopted."""
     session = item.get("session_id") and one(
         "SELECT * FROM session WHERE id = ? AND server_id = ?", (item["session_id"], server["id"])
     )
     if session:
-        return session
+        return session, False
     tmux_name = str(item.get("tmux_name") or "")
     if item.get("session_id"):
         with suppress(ValueError):  # else it is a stranger, by its name in tmux
-            return _adopted_as(tx, server, item)
-    session = by_tmux_name(server["id"], tmux_name) or _adopted(tx, server, tmux_name)
-    adopt.append({"tmux_name": tmux_name, "session_id": session["id"]})
-    return session
+            return _adopted_as(tx, server, item), False
+    return by_tmux_name(server["id"], tmux_name) or _adopted(tx, server, tmux_name), True
+
+
+def _adoption(session: dict, item: dict, log_acked: int) -> dict:
+    """What an agent is told of a terminal that it found and has lost its notes of."""
+    known = ("task_id", "attempt", "profile", "conversation", "working_directory")
+    told = {"tmux_name": str(item.get("tmux_name") or ""), "session_id": session["id"]}
+    return told | {name: session[name] for name in known} | {"log_acked": log_acked}
 
 
 def by_tmux_name(server_id: str, tmux_name: str) -> dict | None:
@@ -371,7 +433,7 @@ def take_up(caller: Caller, item: dict, restarted: bool) -> dict:
         if item.get("session_id"):
             session = _adopted_as(tx, server, item)
         else:
-            session = _named_session(tx, server, item, [])
+            session, _ = _named_session(tx, server, item)
         if session["state"] == "starting":
             _session_started(tx, caller, item | {"session_id": session["id"]})
         else:
@@ -396,16 +458,22 @@ def _adopted_as(tx: Transaction, server: dict, item: dict) -> dict:
         pid=item.get("pid") if isinstance(item.get("pid"), int) else None,
         profile=str(item["profile"])[:100] if item.get("profile") else None,
         working_directory=str(item.get("working_directory") or "")[:4000] or None,
+        conversation=_conversation_of(item),
     )
 
 
 def lose_others(server_id: str, named: set[str]) -> None:
     """The sessions named are all that the agent has."""
     with transaction() as tx:
-        _lose_others(tx, server_id, named)
+        _named_all(tx, server_id, named)
 
 
-RESTORED = "; the hub was restored from a backup, so it may have been finished since"
+def _named_all(tx: Transaction, server_id: str, named: set[str]) -> None:
+    """The server has said what it has: what else was believed alive is lost."""
+    unheard = is_unheard(server_id)
+    _lose_others(tx, server_id, named, leases.RESTORED if unheard else "")
+    if unheard:
+        backup.caught_up(server_id)
 
 
 def _lose_others(tx: Transaction, server_id: str, named: set[str], doubt: str = "") -> None:
@@ -449,16 +517,22 @@ def _open_tasks_of(session: dict) -> list[dict]:
     ]
 
 
-def take_spooled(caller: Caller, frames: list[dict]) -> int:
-    """Handle spooled frames in order, each once; the number up to which all are taken."""
-    upto = _spool_upto(caller)
+def take_spooled(caller: Caller, frames: list[dict], spool_id: str | None = None) -> int:
+    """Handle spooled frames in order, each once; the number up to which all are taken.
+
+    spool_id: whose numbers they carry, if it is known. Raises Conflict `sync_required` when those
+    of another count by now: nothing may be acknowledged then.
+    """
+    upto = _spool_upto(caller, spool_id)
     for frame in frames:
         if frame["spool"] <= upto:
             continue
         if frame["spool"] == upto + 1 and not _log_taken(caller, frame):
             break  # the disk is full, for one: the agent sends it again
         with transaction() as tx:
-            upto = _spool_upto(caller)  # again: a repeated call may be at work beside this one
+            upto = _spool_upto(
+                caller, spool_id
+            )  # again: a repeated call may be at work beside this one
             if frame["spool"] == upto + 1:
                 _handle(tx, caller, frame)
                 execute(
@@ -476,8 +550,15 @@ def take_report(caller: Caller, frame: dict) -> None:
         _handle(tx, caller, frame)
 
 
-def _spool_upto(caller: Caller) -> int:
-    return one("SELECT spool_upto FROM server WHERE id = ?", (caller.server_id,))["spool_upto"]
+def _spool_upto(caller: Caller, spool_id: str | None) -> int:
+    server = one("SELECT spool_id, spool_upto FROM server WHERE id = ?", (caller.server_id,))
+    if spool_id not in (None, server["spool_id"]):
+        raise Conflict(
+            "Another agent with another state directory has connected with this server's key: send "
+            "auth and sync first. Run one agent per state directory.",
+            code="sync_required",
+        )
+    return server["spool_upto"]
 
 
 def _handle(tx: Transaction, caller: Caller, frame: dict) -> None:
@@ -635,27 +716,9 @@ def _agent_event(tx, caller: Caller, frame: dict) -> None:
     if frame.get("intervention_id"):
         inbox.delivered(tx, session, str(frame["intervention_id"]), how, why)
     if is_alert:
-        what = COMMAND_WORDS.get(frame.get("command"), "A message")
         about = str(frame.get("command_id") or "")
-        sentence = f"{what} {DELIVERY_WORDS[how]} session {session['name']}: {why}."
-        alerts.begin(tx, "delivery", session["project_id"], sentence, session=session, about=about)
+        alerts.undelivered(tx, session, how, why, command=frame.get("command"), about=about)
 
-
-COMMAND_WORDS = {
-    "intervention_response": "The answer to a question",
-    "permission_answer": "The answer to a permission request",
-    "permission_denied": "The reason of a denial",
-    "plan_approved": "The approval of a plan",
-    "plan_revision": "What should be different in a plan",
-    "task_note": "A note",
-    "task_updated": "Word of a changed task",
-    "task_assigned": "Word of a new task",
-    "task_status_update": "News of a task",
-}
-DELIVERY_WORDS = {
-    "unknown": "may or may not have reached",
-    "failed": "did not reach",
-}
 
 ACTIVITIES = ("working", "idle", "waiting_input", "error", "quota", "no_signal")
 BLOCKED = tuple(f"blocked:{what}" for what in ("permission", "question", "plan", "trust"))
@@ -675,8 +738,8 @@ def _session_activity(tx, caller: Caller, frame: dict) -> None:
             reason,
             str(frame.get("signal") or "")[:200] or None,
             _signals(frame.get("signals")),
-            _moment(frame.get("since"), tx.now),
-            _moment(frame.get("progress"), tx.now),
+            _moment(caller, frame.get("since"), tx.now),
+            _moment(caller, frame.get("progress"), tx.now),
             session["id"],
         ),
     )
@@ -695,9 +758,11 @@ def _signals(given) -> str:
     return written if len(written) <= SIGNALS_MOST else "[]"
 
 
-def _moment(given, now: float) -> float:
-    """A time an agent gives, in seconds since 1970, never in the future."""
-    return min(float(given), now) if isinstance(given, (int, float)) else now
+def _moment(caller: Caller, given, now: float) -> float:
+    """A time an agent gives by its clock, in seconds since 1970, never in the future."""
+    if not isinstance(given, (int, float)):
+        return now
+    return min(servers.by_our_clock(caller.server_id, float(given)), now)
 
 
 def _task_report(_tx, caller: Caller, frame: dict) -> None:
@@ -774,7 +839,7 @@ def _session_log(caller: Caller, frame: dict) -> None:
     data = b64decode(frame["data"])
     if len(data) > BLOCK_MOST:
         raise ValueError(f"a block of {len(data)} bytes, the most is {BLOCK_MOST}")
-    at, times = _when(frame.get("at")), _times(frame.get("times"), len(data))
+    at, times = _when(caller, frame.get("at")), _times(frame.get("times"), len(data))
     acknowledged = partial(_logged, caller.server_id, session["id"])
     sessions.logs().append(session["id"], int(frame["offset"]), data, at, times, acknowledged)
 
@@ -796,9 +861,9 @@ def _times(given, size: int) -> list:
     return times if rising else []
 
 
-def _when(at) -> float:
+def _when(caller: Caller, at) -> float:
     try:
-        return since_epoch(at)
+        return servers.by_our_clock(caller.server_id, since_epoch(at))
     except (TypeError, ValueError):
         return time.time()
 
@@ -806,7 +871,7 @@ def _when(at) -> float:
 def _session_screen(caller: Caller, frame: dict) -> None:
     session = _own_session(caller, frame)
     lines = [str(line)[:1000] for line in frame["lines"][:500]]
-    sessions.screens[session["id"]] = {"lines": lines, "at": iso(_when(frame.get("at")))}
+    sessions.screens[session["id"]] = {"lines": lines, "at": iso(_when(caller, frame.get("at")))}
     sessions.screens.move_to_end(session["id"])
     while len(sessions.screens) > sessions.SCREENS_KEPT:
         sessions.screens.popitem(last=False)

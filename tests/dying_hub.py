@@ -66,9 +66,9 @@ def gives(tx, _first) -> bool:
     return any(event[1].endswith("_assigned") for event in tx.events)
 
 
-def take_spooled(caller, frames, function=wire.take_spooled) -> int:
+def take_spooled(*args, function=wire.take_spooled) -> int:
     dies("report")
-    upto = function(caller, frames)
+    upto = function(*args)
     dies("taken")
     return upto
 

@@ -57,7 +57,7 @@ class Wire:
         self.acked = []
         self.logs = {}
         self.log_repeats = 0
-        self.adopt = {}  # tmux name: session id
+        self.adopt = {}  # tmux name: what is known of it, with its session_id
         self.answers = {}  # (instance, seq): the answer a repeated call gets
         self.commands = {}  # not acknowledged
         self.next_id = 0
@@ -192,10 +192,7 @@ class Wire:
                     }
                     for entry in known
                 ],
-                "adopt": [
-                    {"tmux_name": name, "session_id": session_id}
-                    for name, session_id in self.adopt.items()
-                ],
+                "adopt": [{"tmux_name": name, **told} for name, told in self.adopt.items()],
                 "profiles": {"command": (ROOT / "profiles" / "command.yaml").read_text()},
                 "profiles_etag": "1",
             }
@@ -799,7 +796,7 @@ def test_strange_tmux_sessions_are_adopted_or_closed(rig, wire):
     adopted = str(uuid.uuid4())
     for name in ("orc-aaaaaaaa-bbb", "orc-cccccccc-ddd", "mine"):
         rig.tmux("new-session", "-d", "-s", name, "--", "cat")
-    wire.adopt = {"orc-aaaaaaaa-bbb": adopted}
+    wire.adopt = {"orc-aaaaaaaa-bbb": {"session_id": adopted}}
     agent = rig.start()
     names = lambda: set(agent.tmux("list-sessions", "-F", "#{session_name}").split())  # noqa: E731
     until(lambda: names() == {"orc-aaaaaaaa-bbb", "mine"})
@@ -810,6 +807,26 @@ def test_strange_tmux_sessions_are_adopted_or_closed(rig, wire):
     wire.report("session_gap", session_id=adopted)
     assert agent.type(adopted, "hello there")["ok"]
     until(lambda: b"hello there" in wire.output(adopted))
+
+
+def test_a_worker_whose_notes_are_lost_goes_on_where_the_hubs_record_ends(rig, wire):
+    """And one that has ended meanwhile, which comes before it, holds nobody up."""
+    dead, alive = str(uuid.uuid4()), str(uuid.uuid4())
+    rig.tmux("new-session", "-d", "-s", "mine", "--", "cat")
+    rig.tmux("set-option", "-wg", "remain-on-exit", "on")
+    rig.tmux("new-session", "-d", "-s", "orc-a", "--", "sh", "-c", "exit 3")
+    rig.tmux("new-session", "-d", "-s", "orc-b", "--", "sh", "-c", "read word; echo got $word")
+    until(lambda: "1" in rig.tmux("list-panes", "-a", "-F", "#{pane_dead}"))
+    wire.logs[alive] = bytearray(100)
+    known = {"task_id": "t", "attempt": 2, "profile": "command", "log_acked": 100}
+    wire.adopt = {"orc-a": {"session_id": dead}, "orc-b": {"session_id": alive, **known}}
+    rig.start()
+    assert wire.report("session_gap", session_id=alive)["from"] == 100
+    rig.tmux("send-keys", "-t", "=orc-b:", "hello", "Enter")
+    done = wire.report("task_report", session_id=alive)
+    assert (done["outcome"], done["task_id"], done["attempt"]) == ("complete", "t", 2)
+    until(lambda: wire.output(alive)[100:].endswith(b"got hello\r\n"))
+    assert wire.report("session_closed", session_id=dead)["exit_code"] == 3
 
 
 def test_it_stops_within_a_second_and_leaves_tmux_alone(agent, wire):

@@ -6,23 +6,30 @@ import os
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import alerts
 import auth
 import backup
+import inbox
+import leases
 import models
+import moves
+import sessions
+import tasks
 import wire
 from auth import HUB
 from conftest import ROOT, wait_until
 from faulting import FAST, Graph, back, check, reading, through
-from models import Invalid, NoRoom, Unauthorised
+from models import Conflict, Invalid, NoRoom, Unauthorised
 
 
 @pytest.fixture
@@ -137,6 +144,44 @@ def test_without_room_a_backup_is_refused_in_words_and_leaves_nothing(world, sav
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_second_restore_is_refused_while_one_waits(world, saved, tmp_path):
+    """It was answered that the first one comes: nothing takes its place without a word."""
+    world.task("A")
+    first = saved()
+    world.task("B")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "restore").mkdir()  # what is left of one that is in place
+    backup.receive(HUB, io.BytesIO(first), data, 99)
+    with pytest.raises(Conflict, match="A backup waits already .* restart it, or remove .*restore"):
+        backup.receive(HUB, io.BytesIO(saved()), data, 99)
+    assert [path.name for path in data.iterdir()] == ["restore"]
+    db = sqlite3.connect(data / "restore/hub.db")
+    assert db.execute("SELECT title FROM task").fetchall() == [("A",)]
+    db.close()
+
+
+def test_of_two_restores_at_once_one_is_refused(world, saved, tmp_path):
+    whole = saved()
+    both = threading.Barrier(2)
+
+    class Slow(io.BytesIO):
+        def read(self, size=-1):
+            if not self.tell():
+                both.wait(10)  # neither waits in its place yet
+            return super().read(size)
+
+    def receive(_n):
+        try:
+            return backup.receive(HUB, Slow(whole), tmp_path, 99)
+        except Conflict:
+            return None
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(receive, range(2))).count(None) == 1
+    assert [path.name for path in tmp_path.glob("restore*")] == ["restore"]
 
 
 def test_what_was_left_half_done_is_tidied_away(tmp_path):
@@ -285,6 +330,168 @@ def test_what_the_agent_has_no_more_may_be_done_so_a_person_is_asked(world):
     world.check()
 
 
+# ── what may have been done since the backup is not done again ────────────────────────────────
+
+
+def asked_for(world) -> list[str]:
+    return [alert["sentence"] for alert in alerts.waiting([world.project("shop")["id"]])]
+
+
+def sent(world, server: str) -> list[str]:
+    """The types of the commands an agent gets that connects now."""
+    found = wire.pending_commands(world.servers[server], {}, time.monotonic())
+    return [frame["type"] for frame in found]
+
+
+def test_what_was_to_start_is_not_started_again(world):
+    """Its agent was away when the backup was made, and has done it since."""
+    world.server("dev")
+    world.task("A", command=["make"])
+    world.assign("A")
+    assert sent(world, "dev") == ["task_assigned"]
+    begin_anew(world)
+    sync(world, "dev")
+    assert sent(world, "dev") == []
+    assert (world.status("A"), world.row("A")["attempt"]) == ("assigned", 1)
+    [sentence] = asked_for(world)
+    assert "restored from a backup, so it may have been finished since" in sentence
+    world.check()
+
+
+@pytest.fixture
+def asking(world):
+    """A coding agent works on a task, and has asked something."""
+    world.server("dev")
+    world.working("A", command=["make"])
+    session_id = world.row("A")["session_id"]
+    started = {"type": "session_started", "session_id": session_id, "pid": 7}
+    wire.take_report(world.key("dev"), started)
+    wire.acknowledge(world.servers["dev"], [c["id"] for c in world.commands("dev")])
+    world.asker = auth.by_key(auth.session_key(session_id))
+    return world
+
+
+def test_what_people_said_is_not_typed_again(asking):
+    world = asking
+    inbox.add_note(HUB, world.ids["A"], "use the other one")
+    question, _ = inbox.ask(world.asker, world.ids["A"], "which?")
+    inbox.answer(HUB, question["id"], "this")
+    assert sent(world, "dev") == ["task_note", "intervention_response"]
+    begin_anew(world)
+    assert sent(world, "dev") == []
+    note, answer = asked_for(world)
+    assert note.startswith("A note may or may not have reached session")
+    assert answer.startswith("The answer to a question may or may not have reached session")
+    assert "the hub was restored from a backup, and it may have been said since" in answer
+    [row] = models.rows("SELECT delivery FROM intervention")
+    assert row["delivery"] == "unknown"
+
+
+def test_an_answer_kept_for_a_call_is_for_that_call_alone(asking):
+    world = asking
+    question, _ = inbox.ask(world.asker, world.ids["A"], "which?")
+    inbox.collect(world.asker, question["id"], "c-1")  # a call waits
+    inbox.answer(HUB, question["id"], "this")
+    begin_anew(world)
+    assert inbox.send_unclaimed(time.time() + 1000) == 0 and sent(world, "dev") == []
+    assert len(asked_for(world)) == 1
+    assert inbox.collect(world.asker, question["id"], "c-1")["response"] == "this"
+
+
+def test_what_does_no_harm_twice_is_sent_again(asking):
+    world = asking
+    world.task("B", command=["make"])
+    world.assign("B")
+    wire.acknowledge(world.servers["dev"], [c["id"] for c in world.commands("dev")])
+    world.cancel("B")
+    sessions.close_session(HUB, world.row("A")["session_id"])
+    with models.transaction() as tx:
+        moves.command(tx, world.servers["dev"], "rules_changed", None)
+    begin_anew(world)
+    assert sent(world, "dev") == ["task_cancelled", "session_close", "rules_changed"]
+    assert asked_for(world) == []
+
+
+# ── no live worker is taken for lost ──────────────────────────────────────────────────────────
+
+
+def test_a_worker_that_was_starting_at_the_backup_goes_on(world):
+    world.server("dev")
+    world.task("A", command=["make"], start_timeout=60)
+    world.assign("A")
+    session_id = world.row("A")["session_id"]
+    begin_anew(world)
+    item = named(world, "A", session_id, 1, conversation="c-1", working_directory="/srv")
+    sync(world, "dev", item)
+    session = models.one("SELECT * FROM session WHERE id = ?", (session_id,))
+    assert (session["state"], session["pid"], session["conversation"]) == ("recovering", 7, "c-1")
+    assert world.status("A") == "running"
+    assert tasks.time_out(time.time() + 1e6) == 0
+    assert sent(world, "dev") == []
+    world.check()
+
+
+def test_one_that_had_not_said_so_has_begun_all_the_same(world):
+    """Its session was there at the backup, and it has said that it began since."""
+    world.server("dev")
+    world.task("A", command=["make"], start_timeout=60)
+    world.assign("A")
+    session_id = world.row("A")["session_id"]
+    started = {"type": "session_started", "session_id": session_id, "pid": 7}
+    wire.take_report(world.key("dev"), started)
+    begin_anew(world)
+    sync(world, "dev", named(world, "A", session_id, 1))
+    assert world.status("A") == "running"
+    assert tasks.time_out(time.time() + 1e6) == 0
+
+
+def test_what_runs_by_the_clock_loses_no_time_by_a_restore(world):
+    world.server("dev")
+    world.task("A", command=["make"], timeout=60)
+    world.assign("A")
+    before, past = world.row("A"), time.time() - models.since_epoch(YESTERDAY)
+    begin_anew(world)
+    after = world.row("A")
+    for column in ("assigned_at", "deadline_at"):
+        assert after[column] - before[column] == pytest.approx(past, abs=5)
+    sync(world, "dev", named(world, "A", after["session_id"], 1))
+    assert tasks.time_out(after["deadline_at"] + 1) == 1  # from then on it is as ever
+
+
+def test_nothing_is_given_up_of_a_server_that_was_away_and_is_not_heard_yet(world):
+    world.server("dev")
+    world.server("other")
+    world.task("A", command=["make"], start_timeout=60)
+    world.assign("A", server="dev")
+    world.offline("dev")
+    with models.transaction():
+        models.execute("UPDATE server SET offline_at = offline_at - 86400 WHERE online = 0")
+    begin_anew(world)
+    assert leases.release_lost(time.time() + 60, 900) == 0 and asked_for(world) == []
+    for _ in range(2):
+        assert leases.release_lost(time.time() + 1000, 900) == 0
+        assert tasks.time_out(time.time() + 1e6) == 0
+    assert (world.status("A"), world.row("A")["attempt"]) == ("assigned", 1)
+    [sentence] = asked_for(world)
+    assert "server dev has been away for 900 s; the hub was restored from a backup" in sentence
+    world.check()
+
+
+def test_a_session_key_counts_only_once_its_server_has_said_what_it_has(asking, client):
+    """The session may have ended since the backup, and its key with it."""
+    world, session_id = asking, asking.row("A")["session_id"]
+    own = client.as_key(auth.session_key(session_id))
+    assert own.get("auth/me").status_code == 200
+    begin_anew(world)
+    refused = own.get("auth/me")
+    assert (refused.status_code, refused.json["code"]) == (401, "restored")
+    sync(world, "dev", named(world, "A", session_id, 1))
+    assert own.get("auth/me").status_code == 200
+    begin_anew(world)
+    sync(world, "dev")
+    assert own.get("auth/me").status_code == 401
+
+
 # ── with a real hub and agent ─────────────────────────────────────────────────────────────────
 
 
@@ -330,6 +537,28 @@ def test_a_hub_begins_anew_while_its_agents_run_what_it_does_not_know(
     check(shop)
     case.count("tasks of the backup", 1, shop.api("GET", f"tasks/{known}")["status"] != "done")
     case.kills, case.seen = 1, "goes on with the known task; the unknown one's session is shown"
+
+
+def test_a_restored_hub_has_the_settings_of_its_backup_at_once(shop):
+    (shop.data / "hub.yaml").write_text("heartbeat_s: 7\n")
+    whole = shop.ask("POST", "hub/backup").content
+    (shop.data / "hub.yaml").unlink()
+    assert shop.ask("POST", "hub/restore", data=whole).status_code == 202
+    wait_until(lambda: "restored from a backup" in "".join(shop.lines), 20)
+    wait_until(shop._answers, 20)
+    shop.token = None
+    assert shop.register("dev")["heartbeat_s"] == 7
+
+
+@pytest.mark.hub(tick_s=60)
+def test_a_hub_ends_as_it_should_though_the_last_signs_of_life_cannot_be_saved(shop):
+    """Or it would not begin anew after a restore."""
+    key = shop.register("dev")["api_key"]
+    shop.api("POST", "servers/heartbeat", {}, key=key)  # it is online from here on
+    shop.api("POST", "servers/heartbeat", {}, key=key)
+    resource.prlimit(shop.process.pid, resource.RLIMIT_FSIZE, (4096, -1))
+    assert shop.stop() == 0
+    assert "stopping: The hub's disk does not take any more" in "".join(shop.lines)
 
 
 @pytest.mark.fault("backups while work goes on")

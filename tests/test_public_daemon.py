@@ -720,7 +720,7 @@ def test_closing_really_closes(daemon, session_id, force):
     daemon.say({"type": "session_closed", "session_id": session_id, "exit_code": 1})
     wait_until(lambda: state(session_id) == "closed")
     assert row(session_id)["exit_code"] is None  # it is that of the client of tmux
-    assert not models.rows("SELECT * FROM command WHERE acked_at IS NULL")
+    wait_until(lambda: not models.rows("SELECT * FROM command WHERE acked_at IS NULL"))
 
 
 def test_without_tmux_the_exit_code_is_the_programs_own(world, daemon):

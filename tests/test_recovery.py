@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 
@@ -129,6 +130,54 @@ def test_an_agent_dies_and_its_work_goes_on_as_if_nothing_had_been(
     assert about_server.count("server_offline") == 1
     assert types(shop, task_id=task_id).count("task_started") == 1
     assert types(shop, task_id=task_id).count("task_assigned") <= 1
+
+
+@pytest.mark.hub(**FAST)
+def test_an_agent_that_lost_its_state_directory_finds_its_work_again(
+    shop, start_agent, run_numbered, end_file
+):
+    agent = start_agent(shop, "dev", slots=2)
+    task_id, session_id = run_numbered(300)
+    wait_until(lambda: stored(shop, session_id) == len(numbered(300)), 20)
+    agent.stop()
+    (agent.folder / "state").rename(agent.folder / "lost")
+    agent.start()
+    wait_until(lambda: session_of(shop, session_id)["status"] == "active", 20)
+    end_file.touch()
+    wait_until(lambda: status_of(shop, task_id) == "done", 20)
+    wait_until(lambda: session_of(shop, session_id)["status"] == "closed", 20)
+    assert shop.api("GET", f"tasks/{task_id}")["attempt"] == 1
+    compare(whole_log(shop, session_id), numbered(300))
+    events = shop.api("GET", "events?limit=1000")["events"]
+    [gap] = [e["details"] for e in events if e["type"] == "session_log_gap"]
+    assert (gap["from"], "was adopted" in gap["why"]) == (len(numbered(300)), True)
+
+
+@pytest.mark.hub(**FAST)
+@pytest.mark.parametrize("carrier", ["socket", "poll"])
+def test_an_agent_whose_state_directory_was_set_back_is_heard(
+    shop, start_agent, run_numbered, end_file, carrier
+):
+    """As when its machine goes back to a snapshot: it counts its syncs and reports from lower."""
+    agent = start_agent(shop, "dev", slots=2)
+    agent.stop()
+    agent.config.write_text(agent.config.read_text() + f"carrier: {carrier}\n")
+    snapshot = agent.folder / "snapshot"
+    shutil.copytree(agent.folder / "state", snapshot, ignore=shutil.ignore_patterns("*.sock"))
+    for _ in range(2):
+        agent.start()
+        agent.stop()
+    agent.start()
+    end_file.touch()
+    task_id, _ = run_numbered(1)
+    wait_until(lambda: status_of(shop, task_id) == "done", 20)
+    agent.stop()
+    shutil.rmtree(agent.folder / "state")
+    snapshot.rename(agent.folder / "state")
+    agent.start()
+    made = {"title": "again", "command": ["true"], "auto_assign": True}
+    again = shop.api("POST", "tasks", made)["id"]
+    wait_until(lambda: status_of(shop, again) == "done", 20)
 
 
 @pytest.mark.hub(**FAST)

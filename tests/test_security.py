@@ -15,6 +15,7 @@ import permissions
 import servers
 import sessions
 import tasks
+import wire
 from auth import HUB
 from conftest import Client
 from test_refusals import dump
@@ -592,6 +593,22 @@ def test_a_session_key_of_another_hub_is_worth_nothing(app, scene, tmp_path, cli
     auth._secret = mine
     assert client.as_key(forged).get("auth/me").status_code == 401
     assert client.as_key(auth.session_key(session_id)).get("auth/me").status_code == 200
+
+
+def test_the_key_of_a_session_that_is_lost_is_worth_nothing_until_it_turns_up(world, client):
+    """As after a reboot. One whose server is only away goes on."""
+    world.server("dev")
+    world.working("A", command=["make"])
+    session_id, dev = world.row("A")["session_id"], world.key("dev")
+    own = client.as_key(auth.session_key(session_id))
+    wire.take_report(dev, {"type": "session_started", "session_id": session_id})
+    world.offline("dev")
+    assert own.get("auth/me").status_code == 200
+    wire.sync(dev, {"instance": "i", "sessions": []})
+    refused = own.get("auth/me")
+    assert refused.status_code == 401 and "does not have the session" in refused.json["detail"]
+    wire.sync(dev, {"instance": "i", "sessions": [{"session_id": session_id, "alive": True}]})
+    assert own.get("auth/me").status_code == 200
 
 
 def test_answers_carry_the_headers_that_keep_browsers_careful(client):

@@ -23,6 +23,7 @@ import sockets
 import tasks
 from auth import HUB
 from conftest import Client, wait_until
+from wire import greet
 
 
 class Agent:
@@ -51,9 +52,14 @@ class Agent:
         self.commands += [f for f in answer["frames"] if "id" in f]
         return answer["frames"]
 
-    def connect(self, *named, capabilities=None, etag=None) -> dict:
+    def connect(self, *named, **more) -> dict:
         """auth and sync; {type: frame} of the answer."""
-        answer = self.call(
+        answer = self.call(*self.greeting(*named, **more))
+        return {frame["type"]: frame for frame in answer}
+
+    def greeting(self, *named, capabilities=None, etag=None, number=None, last=None) -> list[dict]:
+        """The frames of auth and sync."""
+        return [
             {
                 "type": "auth",
                 "protocol": 2,
@@ -61,17 +67,18 @@ class Agent:
                 "instance": self.instance,
                 "spool_id": self.spool_id,
                 "spool_first": 1,
+                "spool_last": last,
                 "features": [],
             },
             {
                 "type": "sync",
                 "instance": self.instance,
+                "number": number,
                 "sessions": list(named),
                 "capabilities": capabilities or {},
                 "profiles_etag": etag,
             },
-        )
-        return {frame["type"]: frame for frame in answer}
+        ]
 
     def spool(self, kind: str, number: int | None = None, **fields) -> dict:
         if number is None:
@@ -161,6 +168,7 @@ class SocketAgent(Agent):
 
 # What a poll would have been answered where a socket is closed.
 SOCKET_ENDS = {
+    1013: (409, {"code": "sync_required"}),
     4001: (409, {"code": "superseded"}),
     4400: (422, {"code": "invalid"}),
     4401: (401, {"code": "unauthorised"}),
@@ -423,6 +431,89 @@ def test_a_repeated_sync_does_not_begin_again(agent, wire):
     assert sockets.links.polling(link.server_id, fresh.instance) is link
 
 
+@on_poll
+def test_a_late_copy_of_a_sync_loses_nothing_that_was_begun_since(world, wire):
+    """A proxy repeats it, or a network delivers it after a partition, when its answer is no longer
+    remembered."""
+    agent = wire("dev")
+    first = agent.greeting()
+    agent.call(*first)
+    world.task("A", command=["make"], auto_assign=True)
+    agent.call()
+    session_id = agent.begin(agent.commands[0])
+    for _ in range(sockets.ANSWERS_KEPT + 2):
+        agent.call({"type": "heartbeat"})
+    status, answer = agent.ask(first, seq=1)
+    assert (status, answer["code"]) == (409, "sync_required")
+    assert (state(session_id), world.row("A")["attempt"]) == ("active", 1)
+    agent.call()
+
+
+@on_poll
+def test_a_late_copy_of_a_call_has_no_effect_however_long_ago_it_was(world, wire):
+    agent = wire("dev")
+    agent.connect()
+    old = {"type": "capabilities", "capabilities": {"slots": 2}}
+    agent.call(old)
+    agent.call({"type": "capabilities", "capabilities": {"slots": 5}})
+    waiting = agent.seq
+    for _ in range(sockets.ANSWERS_KEPT + 2):
+        agent.call({"type": "heartbeat"})
+    assert agent.ask([old], seq=2)[0] == 409
+    assert world.server_row("dev")["slots"] == 5
+    agent.call(seq=waiting)  # one that waits is overtaken by those that carry: it is none the worse
+    agent.call(seq=agent.seq + 1)
+    assert agent.ask(seq=waiting - 1)[0] == 409  # by one that waits: nobody listens to this one
+
+
+def test_a_late_sync_of_an_earlier_agent_supersedes_nobody_after_a_restart_of_the_hub(world, wire):
+    earlier = wire("dev")
+    earlier.connect(number=1)
+    agent = wire("dev", spool_id=earlier.spool_id)
+    agent.connect(number=2)
+    world.task("A", command=["make"], auto_assign=True)
+    agent.call()
+    session_id = agent.begin(agent.commands[0])
+    sockets.links.reset()
+    late = wire("dev", spool_id=earlier.spool_id)
+    late.instance = earlier.instance
+    assert late.ask(late.greeting(number=1))[0] == 409
+    assert late.ask(late.greeting(number=2))[0] == 409  # nor one of its own that took effect
+    assert (state(session_id), world.row("A")["attempt"]) == ("active", 1)
+    assert sockets.links.count() == 0
+    agent.connect(named(session_id), number=3)
+    assert world.server_row("dev")["synced"] == 3
+
+
+@on_poll
+def test_an_agent_that_counts_from_too_low_is_told_from_where_on(wire):
+    """As with a state directory that was lost, or set back."""
+    wire("dev").connect(number=7)
+    agent = wire("dev")
+    status, answer = agent.ask(agent.greeting(number=1))
+    assert (status, answer["code"], answer["fields"]) == (409, "late_sync", {"synced": 7})
+    assert agent.connect(number=8)["auth_ok"]["synced"] == 7
+    assert agent.ask(wire("dev").greeting(number=2**60))[0] == 422
+
+
+@pytest.mark.parametrize("by", [7200, -7200])
+def test_what_an_agent_says_of_time_is_by_its_own_clock(world, agent, worker, by):
+    _, session_id = worker
+    now = time.time()
+    agent.call({"type": "heartbeat", "system_info": {"time": now + by}})
+    times = {"since": now + by - 60, "progress": now + by - 30}
+    agent.call(
+        agent.spool("session_activity", session_id=session_id, state="working", **times),
+        log(session_id, 0, b"x") | {"at": models.iso(now + by - 60)},
+    )
+    row = models.one("SELECT * FROM session WHERE id = ?", (session_id,))
+    assert row["activity_at"] == pytest.approx(now - 60, abs=4)
+    assert row["progress_at"] == pytest.approx(now - 30, abs=4)
+    assert sessions.logs().flush()
+    [block] = sessions.logs().blocks(session_id, 0, 100)[0]
+    assert block.at == pytest.approx(now - 60, abs=4)
+
+
 # ── the spool ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -468,6 +559,43 @@ def test_a_new_spool_begins_where_the_agent_says(world, wire):
     same.connect()
     assert {"type": "spool_ack", "upto": 10} in same.call(gap(same, session["id"], 10))
     assert gaps(world) == [1, 10]
+
+
+def test_the_numbers_of_one_spool_never_count_for_another(world, agent):
+    """A new agent has just said who it is, while the older one is still at work."""
+    session, _ = sessions.open_session(HUB, {"server_id": "dev"})
+    greet(world.key("dev"), {"spool_id": "of another state directory"})
+    status, answer = agent.ask([gap(agent, session["id"], 1)])
+    assert (status, answer["code"]) == (409, "sync_required")
+    assert gaps(world) == [] and world.server_row("dev")["spool_upto"] == 0
+    agent.connect()
+    assert {"type": "spool_ack", "upto": 1} in agent.call(gap(agent, session["id"], 1))
+    assert gaps(world) == [1]
+
+
+def test_on_a_socket_the_older_agent_goes_on_until_the_newer_has_synced(world, served):
+    world.server("dev")
+    older, newer = (SocketAgent(served, world.keys["dev"]) for _ in range(2))
+    with contextlib.closing(older), contextlib.closing(newer):
+        older.connect()
+        session, _ = sessions.open_session(HUB, {"server_id": "dev"})
+        newer.call(newer.greeting()[0])
+        assert {"type": "spool_ack", "upto": 1} in older.call(gap(older, session["id"], 1))
+        newer.call(newer.greeting()[1])
+        report = newer.spool("session_gap", 1, session_id=session["id"], **{"from": 30})
+        assert {"type": "spool_ack", "upto": 1} in newer.call(report)
+        assert gaps(world) == [1, 30]
+
+
+def test_a_state_directory_that_was_set_back_is_heard_all_the_same(world, agent, wire):
+    """As with a machine's snapshot: it numbers other reports like those the hub has had."""
+    session, _ = sessions.open_session(HUB, {"server_id": "dev"})
+    agent.call(*(gap(agent, session["id"], n) for n in (1, 2, 3)))
+    again = wire("dev", spool_id=agent.spool_id)
+    again.connect(last=1)
+    report = again.spool("session_gap", 2, session_id=session["id"], **{"from": 20})
+    assert {"type": "spool_ack", "upto": 2} in again.call(report)
+    assert gaps(world) == [1, 2, 3, 20]
 
 
 BAD = [
@@ -907,6 +1035,32 @@ def test_a_terminal_the_hub_does_not_know_is_adopted(agent, wire):
     assert adopted["tmux_name"] == "orc-stranger"
     row = models.one("SELECT * FROM session WHERE id = ?", (adopted["session_id"],))
     assert (row["tmux_name"], row["role"], row["state"]) == ("orc-stranger", "plain", "recovering")
+
+
+def test_a_session_whose_agent_lost_its_notes_is_adopted_with_all_that_is_known(
+    world, agent, worker, wire
+):
+    _, session_id = worker
+    agent.call(log(session_id, 0, b"0123456789"))
+    assert sessions.logs().flush()
+    stranger = {"tmux_name": f"orc-{session_id[:12]}", "alive": True}
+    again = wire("dev")
+    assert again.connect(stranger)["sync_ok"]["adopt"] == [
+        {
+            "tmux_name": stranger["tmux_name"],
+            "session_id": session_id,
+            "task_id": world.ids["A"],
+            "attempt": 1,
+            "profile": "command",
+            "conversation": None,
+            "working_directory": "/srv",
+            "log_acked": 10,
+        }
+    ]
+    assert state(session_id) == "recovering"
+    again.call(again.spool("session_closed", session_id=session_id, exit_code=0))
+    answer = wire("dev").connect(stranger)["sync_ok"]
+    assert answer["adopt"] == [] and answer["sessions"][0]["action"] == "close"
 
 
 def test_another_servers_session_is_not_adopted_by_its_id(world, agent, worker, wire):
