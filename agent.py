@@ -5514,7 +5514,11 @@ class Doctor:
         if answer.status_code != 200:
             do = "Check hub_url: a redirect or a login page of a proxy is not followed."
             return self.say("hub", "bad", f"{url} answers {answer.status_code}.", do)
-        version = answer.json().get("version")
+        try:
+            version = answer.json()["version"]
+        except (ValueError, TypeError, KeyError):
+            do = "Check hub_url: a proxy or a login page answers there in the hub's place."
+            return self.say("hub", "bad", f"What answers at {url} is not a hub.", do)
         do = "" if version == VERSION else "Upgrade with the hub's install.sh."
         says = f"{url} has {version}, this agent {VERSION}."
         self.say("hub", "warn" if do else "ok", says, do)

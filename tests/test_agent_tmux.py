@@ -856,3 +856,28 @@ def test_a_program_heeds_signals_that_its_agent_was_told_to_ignore(tmp_path):
     )
     mask = int(said.stdout.split()[1], 16)
     assert [number for number in ignored if mask >> (number - 1) & 1] == []
+# ---------------------------------------------------------------------------- the doctor
+
+
+def test_a_proxy_that_answers_in_the_hubs_place_is_found(rig):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<h1>Please sign in</h1>")
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    rig.config.write_text(rig.config.read_text().replace(rig.wire.url, url))
+    said = subprocess.run(
+        rig.arguments("--doctor", "--json"), env=rig.env, capture_output=True, text=True
+    )
+    server.shutdown()
+    server.server_close()
+    [hub] = [one for one in json.loads(said.stdout) if one["check"] == "hub"]
+    assert (hub["state"], hub["says"]) == ("bad", f"What answers at {url} is not a hub.")
+    assert "hub_url" in hub["do"] and said.returncode == 1
