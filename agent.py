@@ -1107,7 +1107,8 @@ class Tmux:
         "#{session_name} #{pane_id} #{pane_dead} #{pane_pid} #{pane_pipe} #{pid}"
         " [#{pane_dead_status}] [#{pane_dead_signal}]\t#{pane_title}"
     )
-    NO_SERVER = ("no server running on", "error connecting to", "no current target")
+    NO_SERVER = ("no server running on", "error connecting to")
+    SOCKET_S = 2  # longest wait for a server to make its socket anew
     # For a live view: every key is the program's, and what is drawn is the program's screen. Set
     # when a view begins, so that older and adopted sessions have them too.
     VIEWED = (
@@ -1171,12 +1172,9 @@ class Tmux:
 
     def panes(self):
         """{session name: Pane} of the first pane of every orc- session."""
-        try:
-            lines = self.run("list-panes", "-a", "-F", self.PANE).splitlines()
-        except TmuxError as error:
-            if str(error).startswith(self.NO_SERVER):
-                return {}
-            raise
+        lines = self._lines()
+        if lines is None:
+            lines = self._lines_again()
         panes = {}
         for line in lines:
             name, pane = self._pane(line)
@@ -1215,6 +1213,8 @@ class Tmux:
         """Raw bytes, as hexadecimal numbers so that none is taken for the name of a key."""
         view = self._views.get(name)
         if view:
+        self.socket_name = socket_name
+        self.server_pid = None  # of the server, as far as it is known
             data, view.cut = view.cut + data, b""
         for start in range(0, len(data), INPUT_CHUNK):
             numbers = [f"{byte:02x}" for byte in data[start : start + INPUT_CHUNK]]
@@ -1245,6 +1245,8 @@ class Tmux:
 
     def watch(self, name, session_id):
         """Begin a live view, or begin it anew."""
+        if not self._socket().exists():
+            self.panes()  # or a second server would begin beside one that has lost it
         view = self._views.get(name)
         if view:
             view.wait_written(SETTLE_S)  # and tmux will have read it when it has answered
@@ -1272,10 +1274,44 @@ class Tmux:
     def _replace(self, name, view):
         with self._lock:
             old = self._views.pop(name, None)
+            self.server_pid = pane.server_pid
             if view:
                 self._views[name] = view
         if old:
             old.end()
+    def _lines(self):
+        """A line for each pane; None when no server is reached."""
+        try:
+            return self.run("list-panes", "-a", "-F", self.PANE).splitlines()
+        except TmuxError as error:
+            if str(error).startswith(self.NO_SERVER):
+                return None
+            if str(error).startswith("no current target"):
+                return []
+            raise
+
+    def _lines_again(self):
+        """The same when there is no socket: a server that lives, whose socket somebody has
+        removed, makes it anew when it is told to. [] when there is none."""
+        lines, deadline = None, time.monotonic() + self.SOCKET_S
+        while lines is None and self._lives() and time.monotonic() < deadline:
+            signal_process(self.server_pid, signal.SIGUSR1)
+            time.sleep(0.05)
+            lines = self._lines()
+        if lines is None:
+            self.server_pid = None
+        return lines or []
+
+    def _lives(self):
+        """Whether our server is a process still: nobody else has our socket's name among its
+        arguments."""
+        return bool(self.server_pid) and self.socket_name in command_line(self.server_pid)
+
+    def _socket(self):
+        """Where tmux has its socket."""
+        base = os.path.realpath(os.environ.get("TMUX_TMPDIR") or "/tmp")
+        return Path(base) / f"tmux-{os.getuid()}" / self.socket_name
+
 
     def write(self, name, data):
         """Type into the view, without waiting; False if that cannot be done."""
@@ -2152,14 +2188,27 @@ class Sessions:
     # -- taking up again after a restart
 
     def recover(self):
-        """Compare what we wrote down with what there is, once, before connecting."""
+        """Compare what we wrote down with what there is, once, before connecting. What cannot be
+        written now is done by its command, or at a look of the monitor."""
+        self._remember_tmux()
         panes = self.panes()
         for session in list(self.all.values()):
             path = self.log_path(session)
             if session.log_start:
                 released(path, 0, session.log_start)  # the last run may have ended before that
             self.logs.follow(session.session_id, path, start=session.log_start)
-            self.RECOVERIES[session.state](self, session, panes.get(session.tmux_name))
+            if session.terminal not in self.terminals:
+                log.error("%s is left alone: install tmux and restart the agent", session)
+                continue
+            with contextlib.suppress(sqlite3.OperationalError):
+                self.RECOVERIES[session.state](self, session, panes.get(session.tmux_name))
+
+    def _remember_tmux(self):
+        """Tell tmux which process its server is, as a program that it has started knows."""
+        for session in self.live():
+            terminal = self.terminals.get(session.terminal)
+            if isinstance(terminal, Tmux) and self._runs(session):
+                terminal.server_pid = parent_of(session.pid)
 
     def _recover_starting(self, session, pane):
         if pane is None:
@@ -2182,9 +2231,10 @@ class Sessions:
         )
 
     def _end_left_over(self, session):
-        """A program without tmux that did not mind the hang-up when the last agent ended."""
-        run = str(self.directory(session) / "run.json")
-        if session.terminal == "pty" and run in command_line(session.pid):  # not another's number
+        """Programs that did not mind the hang-up when their terminal went: before it is said that
+        it is gone, since their task may then be given out again."""
+        if self._runs(session):
+            log.warning("%s: its programs had outlived their terminal and are ended", session)
             signal_programs(session.pid, signal.SIGKILL)
             signal_process(session.pid, signal.SIGKILL)
 
@@ -2291,6 +2341,10 @@ class Sessions:
         if profile.get("text") and text.endswith("\\"):
             text += "\n"  # or it would take the Enter behind it
         with self._typing[session_id]:
+    def _runs(self, session):
+        """Whether the first program of the session is there, with or without its terminal."""
+        return str(self.directory(session) / "run.json") in command_line(session.pid)
+
             terminal.settle(session.tmux_name)
             before = self._ready_for_typing(session)
             self._refuse_dialog(session, profile)
@@ -2448,7 +2502,7 @@ class Sessions:
 
     def look(self, now):
         """One look of the monitor at every live session."""
-        live = self.live()
+        live = [session for session in self.live() if session.terminal in self.terminals]
         if not live:
             return
         panes = self.panes()
@@ -2566,6 +2620,7 @@ class Sessions:
         acked = self.logs.acked(session.session_id) or 0
         start = acked - (SCROLLBACK_BYTES if session.terminal == "pty" else KEPT_BYTES)
         if start - session.log_start >= RELEASE_BYTES:
+            self._end_left_over(session)
             self._release(session, start)
 
     def _release_oldest(self, session):
@@ -3003,6 +3058,14 @@ def _by_hook(profile, state, signal):
     state = _heard(state, f"hook {event}", tool or payload.get("notification_type") or "", at)
     said = _said_by(hook, payload)
     name = f"hook {event}"
+def parent_of(pid):
+    """The process that has started another, None if that cannot be known."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
     if said is None or payload.get(hook.get("field", "reason")) in hook.get("ignore", ()):
         return state
     if hook.get("backup"):

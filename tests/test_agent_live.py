@@ -787,7 +787,17 @@ def test_a_plain_session_gets_its_environment_from_a_private_file(plain):
 
 
 def test_without_tmux_it_is_said_once(make, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(agent_module.shutil, "which", lambda name: None)
+    hide_tmux(monkeypatch)
+def hide_tmux(monkeypatch):
+    """Others, who may take the function for themselves while it is changed, find what they want."""
+    which = shutil.which
+
+    def hidden(name, *more, **options):
+        return None if name == "tmux" else which(name, *more, **options)
+
+    monkeypatch.setattr(shutil, "which", hidden)
+
+
     with caplog.at_level("WARNING"):
         rig = make()
     assert caplog.text.count("Install tmux") == 1
@@ -809,6 +819,28 @@ def test_a_tmux_session_goes_on_when_new_ones_are_plain(make):
 
 
 # ---------------------------------------------------------------------------- the process
+
+# ---------------------------------------------------------------------------- terminals that go
+
+
+def test_without_tmux_sessions_in_it_are_left_alone(make, monkeypatch):
+    rig = make()
+    older = rig.start("cat")
+    rig.end()
+    with monkeypatch.context() as patch:
+        hide_tmux(patch)
+        rig.begin()
+        assert rig.report("session_closed", rig.start("true"))["exit_code"] == 0
+        rig.say("session_type", older, request_id="r", text="x")
+        assert "install it" in rig.report("session_typed", None)["why"]
+        assert [s["alive"] for s in rig.agent.sync()["sessions"] if s["session_id"] == older]
+        rig.end()
+    rig.begin()
+    assert not rig.reports("session_closed", older)
+    rig.watch(older)
+    rig.key(older, b"hello\r")
+    until(lambda: rig.live(older).count(b"hello") >= 2)
+
 
 
 @pytest.fixture

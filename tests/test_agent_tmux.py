@@ -859,6 +859,50 @@ def test_a_program_heeds_signals_that_its_agent_was_told_to_ignore(tmp_path):
 # ---------------------------------------------------------------------------- the doctor
 
 
+# ---------------------------------------------------------------------------- tmux that goes
+
+
+STUBBORN = "trap '' HUP; echo on; while :; do sleep 0.1; done"
+
+
+def server_pid(agent):
+    return int(agent.tmux("display-message", "-p", "#{pid}"))
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["at work", "away"])
+def test_no_program_outlives_a_session_that_is_said_to_be_gone(agent, wire, away):
+    """Its task is given out again: two must not work on it."""
+    task_id, session_id = agent.task(["/bin/sh", "-c", STUBBORN])
+    until(lambda: b"on" in wire.output(session_id))
+    if away:
+        agent.kill()
+    os.kill(server_pid(agent), signal.SIGKILL)
+    if away:
+        agent.start()
+    assert wire.report("session_closed", session_id=session_id)["exit_code"] is None
+    until(lambda: session_id not in running(), 2)
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["at work", "away"])
+def test_a_tmux_whose_socket_was_removed_is_no_tmux_that_has_ended(agent, wire, away):
+    session_id = agent.session(command=["cat"])
+    wire.report("session_started", session_id=session_id)
+    if away:
+        agent.kill()
+    path = agent.home / f"tmux-{os.getuid()}" / f"orc-{SERVER_ID[:8]}"
+    before = server_pid(agent)
+    path.unlink()
+    if away:
+        agent.start()
+    other = agent.session(command=["cat"])
+    wire.report("session_started", session_id=other)
+    assert server_pid(agent) == before
+    for number in (session_id, other):
+        assert agent.type(number, "still here")["ok"]
+        until(lambda number=number: b"still here" in wire.output(number))
+    assert not wire.reports("session_closed")
+
+
 def test_a_proxy_that_answers_in_the_hubs_place_is_found(rig):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
