@@ -30,6 +30,7 @@ import collections
 import contextlib
 import dataclasses
 import email.utils
+import errno
 import fcntl
 import functools
 import hashlib
@@ -240,6 +241,14 @@ def write_private(path, text):
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_changed(path, text):
+    """The same, unless that is what the file holds: a start needs no room on the disk."""
+    with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+        if path.read_text(encoding="utf-8") == text:
+            return
+    write_private(path, text)
 
 
 def load_config(path):
@@ -525,9 +534,61 @@ class Session:
         return f"session {self.tmux_name}"
 
 
+def known_fields(kind, row):
+    """What a dataclass knows of a stored row: a later version may have written more."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in row.items() if name in names}
+
+
+def is_refusal(error):
+    """Whether the disk takes nothing now and may later: it is full, or read only."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    return isinstance(error, sqlite3.OperationalError)
+
+
+class Owed:
+    """Writes that a full disk has refused, made in their order when it takes them. For what must
+    not be done again (a text was typed, a dialog is gone) when only its record was refused."""
+
+    def __init__(self):
+        self._deeds = collections.deque()
+        self._lock = threading.Lock()
+        self._again_at = -math.inf
+
+    def do(self, deed, *arguments):
+        """Do it now, or as soon as it can be done and all that waits before it."""
+        if not self._deeds:
+            try:
+                return deed(*arguments)
+            except (sqlite3.OperationalError, OSError) as error:
+                if not is_refusal(error):
+                    raise
+                log.error("%s is put off: %s", deed.__name__, error)
+        with self._lock:
+            if (deed, arguments) not in self._deeds:
+                self._deeds.append((deed, arguments))
+
+    def settle(self, now):
+        """Do what waits, as far as it can be done, and after a refusal not again for a second.
+        Only one thread may call this."""
+        while self._deeds and now >= self._again_at:
+            deed, arguments = self._deeds[0]
+            try:
+                deed(*arguments)
+            except Exception as error:
+                if is_refusal(error):
+                    self._again_at = now + 1
+                    return
+                log.exception("%s failed", deed.__name__)
+            with self._lock:
+                self._deeds.popleft()
+
+
 class Store:
     """What survives kill -9: spool, journal of commands, sessions. Every write is one
-    transaction that is on the disk when the call returns (synchronous=FULL)."""
+    transaction that is on the disk when the call returns (synchronous=FULL). What is in memory
+    is changed after it: a write that is refused has changed nothing."""
 
     SCHEMA = """
         CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -542,6 +603,7 @@ class Store:
         os.close(open_private(path, os.O_CREAT | os.O_RDWR))
         self.path = Path(path)
         self.trouble = None  # why the last change is not on the disk
+        self.owed = Owed()
         self._lock = threading.RLock()
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -585,9 +647,11 @@ class Store:
         rows = self._rows("SELECT value FROM meta WHERE key = ?", key)
         return json.loads(rows[0][0]) if rows else default
 
-    def put(self, key, value):
+    def put(self, key, value, *frames):
+        """Write a value and spool what is to be said of it; the number of the last frame."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+            return [0, *(self._append(db, frame) for frame in frames)][-1]
 
     # -- spool
 
@@ -655,13 +719,16 @@ class Store:
         """Nothing was typed after all: it is tried again."""
         self._mark(epoch, command_id, "UPDATE journal SET state = 'received'")
 
-    def done(self, epoch, command_id):
+    def done(self, epoch, command_id, *frames):
+        """Note that it is carried out, and spool what is to be said of that."""
         # The frame goes: it may hold a session's key.
-        self._mark(epoch, command_id, "UPDATE journal SET state = 'done', frame = NULL")
+        self._mark(epoch, command_id, "UPDATE journal SET state = 'done', frame = NULL", *frames)
 
-    def _mark(self, epoch, command_id, update):
+    def _mark(self, epoch, command_id, update, *frames):
         with self._transaction() as db:
             db.execute(f"{update} WHERE epoch = ? AND id = ?", (epoch, command_id))
+            for frame in frames:
+                self._append(db, frame)
 
     def unfinished(self):
         """(epoch, frame, begun) of commands received and not done, oldest first."""
@@ -673,17 +740,23 @@ class Store:
     # -- sessions
 
     def sessions(self):
-        return [Session(**json.loads(row)) for (row,) in self._rows("SELECT row FROM session")]
+        rows = [json.loads(row) for (row,) in self._rows("SELECT row FROM session")]
+        return [Session(**known_fields(Session, row)) for row in rows]
 
-    def save(self, session, *frames):
-        """Write the session and spool what is to be said of it, both or neither."""
-        with self._transaction() as db:
-            for frame in frames:
-                n = self._append(db, frame)
-                if frame["type"] == "session_closed":
-                    session.closed_spool = n
-            row = json.dumps(dataclasses.asdict(session))
-            db.execute("INSERT OR REPLACE INTO session VALUES (?, ?)", (session.session_id, row))
+    def save(self, session, *frames, **changes):
+        """Write the session as it is with these changes and spool what is to be said of it, both
+        or neither; the session itself is changed once that is on the disk."""
+        with self._lock:  # whoever saves it meanwhile must see the changes
+            with self._transaction() as db:
+                for frame in frames:
+                    n = self._append(db, frame)
+                    if frame["type"] == "session_closed":
+                        changes["closed_spool"] = n
+                row = json.dumps(dataclasses.asdict(session) | changes)
+                named = session.session_id, row
+                db.execute("INSERT OR REPLACE INTO session VALUES (?, ?)", named)
+            for name, value in changes.items():
+                setattr(session, name, value)
 
     def forget(self, session_id):
         with self._transaction() as db:
@@ -1126,6 +1199,8 @@ class Tmux:
 
     def __init__(self, socket_name, ptys):
         self.command = ["tmux", "-u", "-L", socket_name, "-f", "/dev/null"]
+        self.socket_name = socket_name
+        self.server_pid = None  # of the server, as far as it is known
         self.ptys = ptys
         self._views = {}  # session name: View
         self._lock = threading.Lock()
@@ -1144,6 +1219,8 @@ class Tmux:
             raise TmuxError("tmux is not installed: install it with your packages.") from error
         except subprocess.TimeoutExpired as error:
             raise TmuxError(f"tmux did not answer within 10 s ({arguments[0]}).") from error
+        except OSError as error:
+            raise TmuxError(f"tmux could not be started: {error.strerror}.") from error
         if answer.returncode:
             raise TmuxError(printable(answer.stderr.decode("utf-8", "replace")) or "tmux failed")
         return answer.stdout.decode("utf-8", "replace")
@@ -1154,6 +1231,8 @@ class Tmux:
     def new_session(self, name, argv, log_path, cols, rows):
         """Start argv in a new session; returns (pane id, pid). One call: with the pipe or
         remain-on-exit set in a second one, a fast program's first lines or exit are lost."""
+        if not self._socket().exists():
+            self.panes()  # or a second server would begin beside one that has lost it
         return tuple(
             self.run(
                 *("start-server", ";", "set-option", "-g", "status", "off", ";"),
@@ -1178,107 +1257,11 @@ class Tmux:
         panes = {}
         for line in lines:
             name, pane = self._pane(line)
+            self.server_pid = pane.server_pid
             if name.startswith("orc-"):
                 panes.setdefault(name, pane)
         return panes
 
-    @staticmethod
-    def _pane(line):
-        line, _, title = line.partition("\t")
-        name, pane_id, dead, pid, piped, server_pid, status, death = line.rsplit(" ", 7)
-        code = exit_code_of(status.strip("[]"), death.strip("[]"))
-        ends = dead == "1", code, int(pid), piped == "1", int(server_pid)
-        return name, Pane(pane_id, *ends, title)
-
-    def pane_state(self, name):
-        """{pane_id, pane_in_mode, cursor} of the session's active pane, dead or alive."""
-        form = "#{pane_id} #{pane_dead} #{pane_in_mode} #{cursor_x},#{cursor_y},#{history_size}"
-        pane_id, dead, mode, cursor = self.run(
-            "display-message", "-p", "-t", f"={name}:", form
-        ).split()
-        return types.SimpleNamespace(
-            pane_id=pane_id, dead=dead == "1", in_mode=mode != "0", cursor=cursor
-        )
-
-    def leave_mode(self, name):
-        self.run("send-keys", "-t", f"={name}:", "-X", "cancel")
-
-    def paste(self, name, text):
-        """Paste as one piece, newlines as data; bracketed if the program asked for that."""
-        buffer = f"paste-{name}"
-        self.run("load-buffer", "-b", buffer, "-", data=text.encode())
-        self.run("paste-buffer", "-p", "-d", "-r", "-b", buffer, "-t", f"={name}:")
-
-    def send(self, name, data):
-        """Raw bytes, as hexadecimal numbers so that none is taken for the name of a key."""
-        view = self._views.get(name)
-        if view:
-        self.socket_name = socket_name
-        self.server_pid = None  # of the server, as far as it is known
-            data, view.cut = view.cut + data, b""
-        for start in range(0, len(data), INPUT_CHUNK):
-            numbers = [f"{byte:02x}" for byte in data[start : start + INPUT_CHUNK]]
-            self.run("send-keys", "-t", f"={name}:", "-H", *numbers)
-
-    def resize(self, name, cols, rows):
-        """The window and its view; in between the view is the smaller one, since tmux fills up
-        a larger one with a border and dots."""
-        view = self._views.get(name)
-        if view:
-            view.resize(*map(min, view.size, (cols, rows)))
-        self.run("resize-window", "-t", f"={name}:", "-x", str(cols), "-y", str(rows))
-        if view:
-            view.resize(cols, rows)
-
-    def screen(self, name, *options):
-        return self.run("capture-pane", "-p", *options, "-t", f"={name}:").rstrip("\n").split("\n")
-
-    def scrollback(self, name):
-        return self.screen(name, "-S", "-")
-
-    def kill_session(self, name):
-        self._replace(name, None)  # first, so that the last picture stays
-        with contextlib.suppress(TmuxError):  # it is gone, which is what we want
-            self.run("kill-session", "-t", f"={name}")
-
-    # -- live views
-
-    def watch(self, name, session_id):
-        """Begin a live view, or begin it anew."""
-        if not self._socket().exists():
-            self.panes()  # or a second server would begin beside one that has lost it
-        view = self._views.get(name)
-        if view:
-            view.wait_written(SETTLE_S)  # and tmux will have read it when it has answered
-        cols, rows = self.run(
-            *self.VIEWED,
-            *("set-option", "-w", "-t", f"={name}:", "window-size", "manual", ";"),
-            *("display-message", "-p", "-t", f"={name}:", "#{window_width} #{window_height}"),
-        ).split()
-        attach = [*self.command, "attach-session", "-E", "-t", f"={name}"]
-        view = View(self.ptys, session_id, attach, int(cols), int(rows))
-        view.drawing.wait(SETTLE_S)
-        self._replace(name, view)
-
-    def unwatch(self, name):
-        """End the live view, if there is one."""
-        if name in self._views:
-            self.settle(name)
-            self._replace(name, None)
-
-    def watch_lost(self, name):
-        """Whether there should be a view, but its client has ended."""
-        view = self._views.get(name)
-        return view is not None and view.fd is None
-
-    def _replace(self, name, view):
-        with self._lock:
-            old = self._views.pop(name, None)
-            self.server_pid = pane.server_pid
-            if view:
-                self._views[name] = view
-        if old:
-            old.end()
     def _lines(self):
         """A line for each pane; None when no server is reached."""
         try:
@@ -1312,6 +1295,98 @@ class Tmux:
         base = os.path.realpath(os.environ.get("TMUX_TMPDIR") or "/tmp")
         return Path(base) / f"tmux-{os.getuid()}" / self.socket_name
 
+    @staticmethod
+    def _pane(line):
+        line, _, title = line.partition("\t")
+        name, pane_id, dead, pid, piped, server_pid, status, death = line.rsplit(" ", 7)
+        code = exit_code_of(status.strip("[]"), death.strip("[]"))
+        ends = dead == "1", code, int(pid), piped == "1", int(server_pid)
+        return name, Pane(pane_id, *ends, title)
+
+    def pane_state(self, name):
+        """{pane_id, pane_in_mode, cursor} of the session's active pane, dead or alive."""
+        form = "#{pane_id} #{pane_dead} #{pane_in_mode} #{cursor_x},#{cursor_y},#{history_size}"
+        pane_id, dead, mode, cursor = self.run(
+            "display-message", "-p", "-t", f"={name}:", form
+        ).split()
+        return types.SimpleNamespace(
+            pane_id=pane_id, dead=dead == "1", in_mode=mode != "0", cursor=cursor
+        )
+
+    def leave_mode(self, name):
+        self.run("send-keys", "-t", f"={name}:", "-X", "cancel")
+
+    def paste(self, name, text):
+        """Paste as one piece, newlines as data; bracketed if the program asked for that."""
+        buffer = f"paste-{name}"
+        self.run("load-buffer", "-b", buffer, "-", data=text.encode())
+        self.run("paste-buffer", "-p", "-d", "-r", "-b", buffer, "-t", f"={name}:")
+
+    def send(self, name, data):
+        """Raw bytes, as hexadecimal numbers so that none is taken for the name of a key."""
+        view = self._views.get(name)
+        if view:
+            data, view.cut = view.cut + data, b""
+        for start in range(0, len(data), INPUT_CHUNK):
+            numbers = [f"{byte:02x}" for byte in data[start : start + INPUT_CHUNK]]
+            self.run("send-keys", "-t", f"={name}:", "-H", *numbers)
+
+    def resize(self, name, cols, rows):
+        """The window and its view; in between the view is the smaller one, since tmux fills up
+        a larger one with a border and dots."""
+        view = self._views.get(name)
+        if view:
+            view.resize(*map(min, view.size, (cols, rows)))
+        self.run("resize-window", "-t", f"={name}:", "-x", str(cols), "-y", str(rows))
+        if view:
+            view.resize(cols, rows)
+
+    def screen(self, name, *options):
+        return self.run("capture-pane", "-p", *options, "-t", f"={name}:").rstrip("\n").split("\n")
+
+    def scrollback(self, name):
+        return self.screen(name, "-S", "-")
+
+    def kill_session(self, name):
+        self._replace(name, None)  # first, so that the last picture stays
+        with contextlib.suppress(TmuxError):  # it is gone, which is what we want
+            self.run("kill-session", "-t", f"={name}")
+
+    # -- live views
+
+    def watch(self, name, session_id):
+        """Begin a live view, or begin it anew."""
+        view = self._views.get(name)
+        if view:
+            view.wait_written(SETTLE_S)  # and tmux will have read it when it has answered
+        cols, rows = self.run(
+            *self.VIEWED,
+            *("set-option", "-w", "-t", f"={name}:", "window-size", "manual", ";"),
+            *("display-message", "-p", "-t", f"={name}:", "#{window_width} #{window_height}"),
+        ).split()
+        attach = [*self.command, "attach-session", "-E", "-t", f"={name}"]
+        view = View(self.ptys, session_id, attach, int(cols), int(rows))
+        view.drawing.wait(SETTLE_S)
+        self._replace(name, view)
+
+    def unwatch(self, name):
+        """End the live view, if there is one."""
+        if name in self._views:
+            self.settle(name)
+            self._replace(name, None)
+
+    def watch_lost(self, name):
+        """Whether there should be a view, but its client has ended."""
+        view = self._views.get(name)
+        return view is not None and view.fd is None
+
+    def _replace(self, name, view):
+        with self._lock:
+            old = self._views.pop(name, None)
+            if view:
+                self._views[name] = view
+        if old:
+            old.end()
 
     def write(self, name, data):
         """Type into the view, without waiting; False if that cannot be done."""
@@ -1955,7 +2030,8 @@ class Sessions:
         self.terminals = {terminal.kind: terminal for terminal in terminals}
         self.kind = terminals[0].kind  # of new sessions
         self.root = make_private_dir(state_dir / "sessions")
-        self.bin = install_cli(make_private_dir(state_dir / "bin"))
+        self.bin = make_private_dir(state_dir / "bin")
+        store.owed.do(install_cli, self.bin)
         self.profiles = parse_profiles(store.get("profiles", {}))
         self.lock = threading.RLock()
         self.on_typed = lambda session, data: None  # told of what people type
@@ -2025,15 +2101,24 @@ class Sessions:
     def start(self, order, task=None):
         """Carry out a session_start; said twice, or twice for one attempt, it starts once."""
         with self.lock:
-            existing = self.all.get(order["session_id"]) or self.live_of_attempt(
-                order.get("task_id"), order.get("attempt")
-            )
-            if existing:
-                return self._say_started_again(existing)
             try:
+                if self._goes_on_starting(self.all.get(order["session_id"])):
+                    return
+                existing = self.all.get(order["session_id"]) or self.live_of_attempt(
+                    order.get("task_id"), order.get("attempt")
+                )
+                if existing:
+                    return self._say_started_again(existing)
                 self._start(order, task)
             except (AgentError, OSError, ValueError, TypeError, KeyError) as error:
                 self._say_not_started(order, error)
+
+    def _goes_on_starting(self, session):
+        """Whether it was a start that the store had refused in the middle, and is done now."""
+        if session is None or session.state != "starting":
+            return False
+        self._recover_starting(session, self.panes().get(session.tmux_name))
+        return session.state == "live"
 
     def _say_started_again(self, session):
         if session.state == "live":
@@ -2073,13 +2158,17 @@ class Sessions:
         )
         self._write_files(session, order, task, argv, launch)
         self.store.save(session)
-        self.all[session_id] = session
+        self._add(session)
         try:
-            self._launch(session, order)
-        except AgentError:
+            pane_id, pid = self._launch(session, order)
+        except (AgentError, OSError):
             self._forget(session)
             raise
-        self._say_live(session)
+        self._say_live(session, pane_id, int(pid))
+
+    def _add(self, session):
+        self.all[session.session_id] = session
+        self.logs.follow(session.session_id, self.log_path(session), acked=0)
 
     def _directory_of(self, order):
         path = order.get("working_directory")
@@ -2147,18 +2236,15 @@ class Sessions:
         # Isolated and without site-packages: nothing of the user's shadows a module of ours.
         argv = [sys.executable, "-I", "-S", os.path.abspath(__file__), "--exec-session", str(run)]
         size = int(order.get("cols") or 120), int(order.get("rows") or 40)
-        session.pane_id, pid = self.terminal(session).new_session(
+        return self.terminal(session).new_session(
             session.tmux_name, argv, self.log_path(session), *size
         )
-        session.pid = int(pid)
 
-    def _say_live(self, session):
-        session.state = "live"
-        frames = [self._started(session)]
+    def _say_live(self, session, pane_id, pid):
+        frames = [{**self._started(session), "pid": pid}]
         if session.ends_task:
             frames.append(self.report(session, outcome="started"))
-        self.store.save(session, *frames)
-        self.logs.follow(session.session_id, self.log_path(session), acked=0)
+        self.store.save(session, *frames, state="live", pane_id=pane_id, pid=pid)
         self.outgoing.wake.set()
         log.info("%s started", session)
 
@@ -2214,20 +2300,20 @@ class Sessions:
         if pane is None:
             self._forget(session)  # its command is not done and runs again
         else:
-            session.pane_id, session.pid = pane.pane_id, pane.pid
-            self._say_live(session)
+            self._say_live(session, pane.pane_id, pane.pid)
 
     def _recover_live(self, session, pane):
         if pane is None:
             self._end_left_over(session)
             return self._finish(session, None)
         log.info("%s found again", session)
-        self.outgoing.spool(
+        self.store.owed.do(
+            self.outgoing.spool,
             {
                 "type": "session_recovered",
                 "session_id": session.session_id,
                 "tmux_name": session.tmux_name,
-            }
+            },
         )
 
     def _end_left_over(self, session):
@@ -2237,6 +2323,10 @@ class Sessions:
             log.warning("%s: its programs had outlived their terminal and are ended", session)
             signal_programs(session.pid, signal.SIGKILL)
             signal_process(session.pid, signal.SIGKILL)
+
+    def _runs(self, session):
+        """Whether the first program of the session is there, with or without its terminal."""
+        return str(self.directory(session) / "run.json") in command_line(session.pid)
 
     def _recover_ended(self, session, pane):
         if pane is not None:
@@ -2295,18 +2385,21 @@ class Sessions:
         adopted = {entry["tmux_name"]: entry["session_id"] for entry in answer.get("adopt", [])}
         for entry in listed:
             if entry["session_id"] is None:
-                self._adopt_or_close(entry, adopted.get(entry["tmux_name"]))
+                session_id = adopted.get(entry["tmux_name"])
+                self.store.owed.do(self._adopt_or_close, entry, session_id)
 
     def _keep(self, session, entry):
         acked = entry.get("log_acked") or 0
         if acked < session.log_start and not self.store.declares_gap(session.session_id, acked):
-            self.outgoing.spool(
-                self._gap(session, acked, session.log_start, "the hub had stored it once")
-            )
+            gap = self._gap(session, acked, session.log_start, "the hub had stored it once")
+            self.store.owed.do(self.outgoing.spool, gap)
         self.logs.acknowledge(session.session_id, acked)
         self.sweep(session)
 
     def _drop(self, session, _entry):
+        self.store.owed.do(self._end_or_forget, session)
+
+    def _end_or_forget(self, session):
         if session.state == "live":
             self.close(session, force=True, cancelled=True)
         else:
@@ -2323,10 +2416,8 @@ class Sessions:
             session.pane_id = self.terminal(session).pane_state(session.tmux_name).pane_id
             make_private_dir(self.directory(session))
             os.close(open_private(self.log_path(session), os.O_CREAT | os.O_WRONLY))
-            session.state = "live"
-            self.store.save(session)
-            self.all[session_id] = session
-        self.logs.follow(session_id, self.log_path(session), acked=0)
+            self.store.save(session, state="live")
+            self._add(session)
         self._mend(session, "the session was adopted; what it printed before is not known")
         log.info("%s adopted", session)
 
@@ -2341,10 +2432,6 @@ class Sessions:
         if profile.get("text") and text.endswith("\\"):
             text += "\n"  # or it would take the Enter behind it
         with self._typing[session_id]:
-    def _runs(self, session):
-        """Whether the first program of the session is there, with or without its terminal."""
-        return str(self.directory(session) / "run.json") in command_line(session.pid)
-
             terminal.settle(session.tmux_name)
             before = self._ready_for_typing(session)
             self._refuse_dialog(session, profile)
@@ -2505,19 +2592,24 @@ class Sessions:
         live = [session for session in self.live() if session.terminal in self.terminals]
         if not live:
             return
-        panes = self.panes()
+        panes, refused = self.panes(), None
         for session in live:
-            self._look_at(session, panes.get(session.tmux_name), now)
+            try:
+                self._look_at(session, panes.get(session.tmux_name), now)
+            except sqlite3.OperationalError as error:
+                refused = error  # it is tried again at the next look; others have their turn
+        if refused:
+            raise refused
 
     def _look_at(self, session, pane, now):
         if pane is None or pane.pane_id != session.pane_id:
+            self._end_left_over(session)
             self._finish(session, None)
         elif pane.dead:
             self._settle(session, pane)
         elif session.closing:
             self._press(session, pane, now)
         elif not pane.piped and now >= self._mend_at.get(session.session_id, 0):
-            self._mend_at[session.session_id] = now + MEND_PAUSE_S
             self._mend(session, "the recording of the output had stopped")
         elif self.terminal(session).watch_lost(session.tmux_name):
             self._view_again(session, now)
@@ -2547,11 +2639,10 @@ class Sessions:
         with self.lock:
             if session.state == "ended":
                 return
-            session.exit_code = exit_code
-            session.log_end = self.log_size(session)
-            frames = [self._outcome(session)] if self._owes_outcome(session) else []
-            session.state = "ended"
-            self.store.save(session, *frames, self._closed(session))
+            end = {"state": "ended", "exit_code": exit_code, "log_end": self.log_size(session)}
+            ended = dataclasses.replace(session, **end)
+            frames = [self._outcome(ended)] if self._owes_outcome(ended) else []
+            self.store.save(session, *frames, self._closed(ended), **end)
         self._let_go(session)
         for memory in self._memories:
             memory.pop(session.session_id, None)
@@ -2599,9 +2690,10 @@ class Sessions:
         return {**ours, "from": start, "to": stop, "why": why}
 
     def _mend(self, session, why):
-        gap = self._gap(session, self.log_size(session), None, why)
+        """Say first, then do: said twice it counts once, not said it would be an unmarked hole."""
+        self.outgoing.spool(self._gap(session, self.log_size(session), None, why))
+        self._mend_at[session.session_id] = time.monotonic() + MEND_PAUSE_S
         self.terminal(session).mend_pipe(session.tmux_name, self.log_path(session))
-        self.outgoing.spool(gap)
         log.warning("%s: %s", session, why)
 
     # -- giving output back to the disk
@@ -2620,7 +2712,6 @@ class Sessions:
         acked = self.logs.acked(session.session_id) or 0
         start = acked - (SCROLLBACK_BYTES if session.terminal == "pty" else KEPT_BYTES)
         if start - session.log_start >= RELEASE_BYTES:
-            self._end_left_over(session)
             self._release(session, start)
 
     def _release_oldest(self, session):
@@ -2641,8 +2732,8 @@ class Sessions:
         with self.lock:
             if self.all.get(session.session_id) is not session:
                 return  # forgotten meanwhile
-            before, session.log_start = session.log_start, start
-            self.store.save(session, *frames)
+            before = session.log_start
+            self.store.save(session, *frames, log_start=start)
         self.logs.cut(session.session_id, start)
         released(self.log_path(session), before, start)
 
@@ -2651,9 +2742,8 @@ class Sessions:
     def close(self, session, force=False, cancelled=False):
         """Ask the program to end (or make it); the monitor sees the end and reports it."""
         with self.lock:
-            session.closing = True
-            session.cancelled = session.cancelled or cancelled
-            self.store.save(session)
+            cancelled = session.cancelled or cancelled
+            self.store.save(session, closing=True, cancelled=cancelled)
             grace = 0 if force else self.settings.close_grace_s
             self._deadlines[session.session_id] = time.monotonic() + grace
 
@@ -2676,7 +2766,7 @@ class Sessions:
         if acked is None or acked < min(session.log_end, self.log_size(session)):
             return
         if session.closed_spool < self.store.spool_first():
-            self._forget(session)
+            self.store.owed.do(self._forget, session)
 
     def sweep_all(self):
         for session in list(self.all.values()):
@@ -2684,8 +2774,8 @@ class Sessions:
 
     def _forget(self, session):
         with self.lock:
-            self.all.pop(session.session_id, None)
             self.store.forget(session.session_id)
+            self.all.pop(session.session_id, None)
         self.logs.drop(session.session_id)
         shutil.rmtree(self.directory(session), ignore_errors=True)
 
@@ -2887,9 +2977,8 @@ def install_cli(directory):
     if cli.exists():
         wrapper = directory / "orchestratia"
         words = shlex.join([sys.executable, str(cli)])
-        write_private(wrapper, f'#!/bin/sh\nexec {words} "$@"\n')
+        write_changed(wrapper, f'#!/bin/sh\nexec {words} "$@"\n')
         wrapper.chmod(0o700)
-    return directory
 
 
 def read_result(path):
@@ -2950,6 +3039,14 @@ def command_line(pid):
         return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
     except OSError:
         return []
+
+
+def parent_of(pid):
+    """The process that has started another, None if that cannot be known."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def session_of(pid):
@@ -3058,14 +3155,6 @@ def _by_hook(profile, state, signal):
     state = _heard(state, f"hook {event}", tool or payload.get("notification_type") or "", at)
     said = _said_by(hook, payload)
     name = f"hook {event}"
-def parent_of(pid):
-    """The process that has started another, None if that cannot be known."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
     if said is None or payload.get(hook.get("field", "reason")) in hook.get("ignore", ()):
         return state
     if hook.get("backup"):
@@ -3497,7 +3586,10 @@ class Activities:
             self.states[session.session_id] = after
             if kind == "hook":
                 self._progress[session.session_id] = now
-            self._tell(session, profile, after, now)
+            try:
+                self._tell(session, profile, after, now)
+            except sqlite3.OperationalError as error:  # it is told at the next look
+                log.debug("%s: its activity is not told yet: %s", session, error)
         return after
 
     def _tell(self, session, profile, state, now):
@@ -3507,29 +3599,28 @@ class Activities:
         news = [state["activity"], state["reason"], len(state["heard"])]
         if news == told and progress - told_at < self.settings.progress_s:
             return
-        self._told[session.session_id] = *news, progress
+        frame = {
+            "type": "session_activity",
+            "session_id": session.session_id,
+            "state": state["activity"],
+            "reason": state["reason"],
+            "signal": state["signal"],
+            "since": state["since"],
+            "progress": progress,
+            "signals": explain(profile, state, now),
+        }
         if state["activity"] == "working" and self._begins(session):
-            self.outgoing.spool(self.sessions.report(session, outcome="started"))
-        self.outgoing.spool(
-            {
-                "type": "session_activity",
-                "session_id": session.session_id,
-                "state": state["activity"],
-                "reason": state["reason"],
-                "signal": state["signal"],
-                "since": state["since"],
-                "progress": progress,
-                "signals": explain(profile, state, now),
-            }
-        )
+            begun = self.sessions.report(session, outcome="started")
+            self.sessions.store.save(session, begun, frame, begun=True)
+            self.outgoing.wake.set()
+        else:
+            self.outgoing.spool(frame)
+        self._told[session.session_id] = *news, progress
 
-    def _begins(self, session):
+    @staticmethod
+    def _begins(session):
         """Whether this is the first that is seen of the work on its task."""
-        if session.task_id is None or session.begun or session.ends_task:
-            return False
-        session.begun = True
-        self.sessions.store.save(session)
-        return True
+        return not (session.task_id is None or session.begun or session.ends_task)
 
     def look(self, panes, now):
         """Look at the titles and screens of all live sessions; returns {session id: dialog} of
@@ -3599,14 +3690,14 @@ class Request:
     fingerprint: str | None = None
     spool: int = 0
     held: bool = False  # a hook client waits right now
-    since: float = 0.0
-    left: float = 0.0  # when the last hook client has left
+    since: float = dataclasses.field(default_factory=time.time)  # first known here
+    left: float = dataclasses.field(default_factory=time.time)  # by its last hook client
     answer: dict | None = None
     passing: bool = False  # the answer is on its way to the hook client
     changed: threading.Event = dataclasses.field(default_factory=threading.Event, repr=False)
 
     def row(self):
-        shown = ("request_id", "session_id", "via", "tool", "asks", "mark", "fingerprint", "since")
+        shown = ("request_id", "session_id", "via", "tool", "asks", "mark", "fingerprint")
         return {name: getattr(self, name) for name in (*shown, "answer", "passing")}
 
 
@@ -3617,18 +3708,31 @@ class Rules:
         self.store = store
         self.path = state_dir / "rules.json"
         self.engine = None
-        self.kept = store.get("rules") or {}
-        self._load()
+        self.kept = {}
+        self._use(store.get("rules") or {})
 
     def take(self, kept):
-        self.store.put("rules", kept)
-        self.kept = kept
-        self._load()
+        """Use these from now on; the ones before stay in use if they cannot be."""
+        if self._use(kept):
+            self.store.owed.do(self._keep)
 
-    def _load(self):
+    def _use(self, kept):
+        try:
+            engine = engine_of(kept) if kept.get("engine") else self.engine
+        except Exception as error:  # of the hub's text, made for another Python perhaps
+            log.error("the rules cannot be used here: %s", printable(error))
+            return False
+        self.kept, self.engine = kept, engine
+        self.store.owed.do(self._write)
+        return True
+
+    def _keep(self):
+        self.store.put("rules", self.kept)
+
+    def _write(self):
+        """For hooks while we are away."""
         if self.kept.get("engine"):
-            write_private(self.path, json.dumps(self.kept))  # for hooks while we are away
-            self.engine = engine_of(self.kept)
+            write_changed(self.path, json.dumps(self.kept))
 
     @property
     def etag(self):
@@ -3691,17 +3795,28 @@ class Requests:
         self.acked = threading.Condition()
         self.upto = 0
         for row in store.get("requests", []):
-            self.open[row["request_id"]] = Request(**row, left=time.time())
+            row.pop("since", None)  # of an older version, by another clock
+            self.open[row["request_id"]] = Request(**known_fields(Request, row))
 
     def recover(self):
         """Take up what the last run left: an answer that was being passed on may have arrived."""
         for request in [r for r in self.open.values() if r.passing]:
             why = "the agent ended while the answer was passed on"
-            self.tell(request.request_id, request.session_id, "delivery_unknown", why)
-            self.close(request)
+            self.store.owed.do(self.close, request, "delivery_unknown", why)
 
     def _save(self):
         self.store.put("requests", [request.row() for request in self.open.values()])
+
+    def _drop(self, request, *frames):
+        """Nobody waits for it any more, of which the hub is told so."""
+        with self.lock:
+            if request.request_id not in self.open:
+                return
+            left = [other.row() for other in self.open.values() if other is not request]
+            self.store.put("requests", left, *frames)
+            del self.open[request.request_id]
+            self._seen.pop(request.session_id, None)
+        self.outgoing.wake.set()
 
     def spool_acked(self, upto):
         with self.acked:
@@ -3717,13 +3832,15 @@ class Requests:
             return None
         rule = verdict.get("rule") or {}
         said = {"decision": "deny", "rule_id": rule.get("id"), "because": verdict["because"]}
-        self._say(session, str(uuid.uuid4()), "hook", payload, said)
+        frame = self._asked(session, str(uuid.uuid4()), "hook", payload, said)
+        self.store.owed.do(self.outgoing.spool, frame)
         return said
 
     def _call(self, session, payload):
         return call_of(session.session_id, self.activities.profile(session), payload)
 
-    def _say(self, session, request_id, via, payload, said=()):
+    @staticmethod
+    def _asked(session, request_id, via, payload, said=()):
         frame = {
             "type": "permission_requested",
             "request_id": request_id,
@@ -3738,9 +3855,7 @@ class Requests:
         }
         if payload.get("subject"):
             frame["subject"] = payload["subject"]
-        n = self.outgoing.store.spool(frame)
-        self.outgoing.wake.set()
-        return n
+        return frame
 
     def ask(self, session, request_id, payload, gone, holds):
         """Have a request answered: {decision, message}, or None to leave it to the terminal.
@@ -3770,10 +3885,9 @@ class Requests:
             request.held, request.left = False, time.time()
 
     def _begin(self, session, request_id, via, payload, fingerprint=None):
-        """A request that the hub has been told of; None while it is away."""
+        """A request that the hub has been told of; None while it is away, or the disk is full."""
         if not self.is_connected():
             return None
-        n = self._say(session, request_id, via, payload)
         request = Request(
             request_id,
             session.session_id,
@@ -3782,11 +3896,16 @@ class Requests:
             payload.get("asks", "permission"),
             call_mark(payload) if via == "hook" else None,
             fingerprint,
-            n,
-            since=time.time(),
         )
+        rows = [other.row() for other in self.open.values()] + [request.row()]
+        try:
+            asked = self._asked(session, request_id, via, payload)
+            request.spool = self.store.put("requests", rows, asked)
+        except sqlite3.OperationalError as error:
+            log.error("a request is left to its terminal: %s", error)
+            return None
         self.open[request_id] = request
-        self._save()
+        self.outgoing.wake.set()
         return request
 
     def _hold(self, session, request, gone, holds):
@@ -3819,19 +3938,8 @@ class Requests:
 
     def end(self, request, where):
         """Nobody here waits for the answer any more."""
-        with self.lock:
-            if self.open.pop(request.request_id, None) is None:
-                return
-            self._seen.pop(request.session_id, None)
-            self._save()
-        self.outgoing.spool(
-            {
-                "type": "permission_ended",
-                "request_id": request.request_id,
-                "session_id": request.session_id,
-                "where": where,
-            }
-        )
+        ended = {"type": "permission_ended", "request_id": request.request_id}
+        self._drop(request, {**ended, "session_id": request.session_id, "where": where})
         request.changed.set()
 
     def settled(self, session_id, payload=None, where="in the terminal"):
@@ -3841,7 +3949,7 @@ class Requests:
             if request.session_id != session_id or request.answer is not None:
                 continue
             if payload is None or (request.mark and is_same_call(request.mark, call_mark(payload))):
-                self.end(request, where)
+                self.store.owed.do(self.end, request, where)
 
     # -- by screen
 
@@ -3850,9 +3958,8 @@ class Requests:
         key, if the dialog is there."""
         late = time.time() - HOOK_BACK_S
         with self.lock:
-            left = [
-                r for r in self.open.values() if r.via == "hook" and not r.held and r.left < late
-            ]
+            left = [r for r in self.open.values() if r.via == "hook" and not (r.held or r.passing)]
+            left = [r for r in left if r.left < late]
             for request in left:
                 request.via = "screen"
             if left:
@@ -3924,24 +4031,17 @@ class Requests:
                 return request
             request.changed.set()
 
-    def close(self, request):
-        """Its answer was given, or cannot be."""
-        with self.lock:
-            self._seen.pop(request.session_id, None)
-            self.open.pop(request.request_id, None)
-            self._save()
-
-    def tell(self, request_id, session_id, kind, why=None):
-        self.outgoing.spool(
-            {
-                "type": "agent_event",
-                "kind": kind,
-                "command": "permission_answer",
-                "request_id": request_id,
-                "session_id": session_id,
-                "why": why,
-            }
-        )
+    def close(self, request, kind=None, why=None):
+        """Its answer was given, or cannot be: the hub is told which."""
+        said = {
+            "type": "agent_event",
+            "kind": kind,
+            "command": "permission_answer",
+            "request_id": request.request_id,
+            "session_id": request.session_id,
+            "why": why,
+        }
+        self._drop(request, *([said] if kind else []))
 
     def press(self, request):
         """Give the answer by the key that the dialog on the screen takes. Raises AgentError."""
@@ -3995,7 +4095,8 @@ class HookServer:
         threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection):
-        with connection, contextlib.suppress(OSError, ValueError):
+        # Of a store that refuses the client knows nothing: it comes back.
+        with connection, contextlib.suppress(OSError, ValueError, sqlite3.OperationalError):
             connection.settimeout(10)
             asked = json.loads(read_line(connection, self.LINE_MOST))
             said, was_passed_on = self.answer(asked, lambda: has_ended(connection))
@@ -4077,7 +4178,7 @@ def run_hook(directory, launch, event):
         said = ask_agent(directory.parent.parent, asked)
         if said is None:
             said = judge_alone(directory.parent.parent, asked, ours)
-    except (OSError, ValueError):
+    except Exception:
         return 0
     print_answer(ours, event, said, payload)
     return 0
@@ -4219,6 +4320,7 @@ class Mail:
         self.lock = threading.Lock()
         self.waiting = collections.defaultdict(list)  # session id: frames
         self.hands = {}  # session id: when a person typed last what is not sent yet (monotonic)
+        self._again_at = -math.inf  # after a write that was refused
 
     def put(self, frame):
         """Keep it until it can be said; LATER, unless it need not be."""
@@ -4242,7 +4344,7 @@ class Mail:
         for session_id in [s for s in list(self.hands) if s not in self.agent.sessions.all]:
             self.hands.pop(session_id, None)
         for session_id in list(self.waiting):
-            if self._due(session_id):
+            if time.monotonic() >= self._again_at and self._due(session_id):
                 self._try(session_id)
 
     def _try(self, session_id):
@@ -4253,12 +4355,28 @@ class Mail:
     def deliver(self, session_id):
         """Say what can be said now, in order."""
         while frame := self._due(session_id):
-            with self.lock:
-                self.waiting[session_id].remove(frame)
-                if not self.waiting[session_id]:
-                    del self.waiting[session_id]
             if not self._say(frame):
                 return
+
+    def _begin(self, frame):
+        """From here on it counts as said; what the store refuses goes on waiting."""
+        try:
+            self.agent.store.begin(frame["epoch"], frame["id"])
+        except sqlite3.OperationalError:
+            self._again_at = time.monotonic() + 1
+            raise
+        with self.lock:
+            self.waiting[frame["session_id"]].remove(frame)
+            if not self.waiting[frame["session_id"]]:
+                del self.waiting[frame["session_id"]]
+
+    def _wait_again(self, frame):
+        """Nothing was typed. If that cannot be written, a crash leaves it unknown: better not
+        typed than typed twice."""
+        with self.lock:
+            self.waiting[frame["session_id"]].insert(0, frame)
+        with contextlib.suppress(sqlite3.OperationalError):
+            self.agent.store.put_back(frame["epoch"], frame["id"])
 
     def _due(self, session_id):
         """The first frame whose moment has come."""
@@ -4303,8 +4421,8 @@ class Mail:
     def _say(self, frame):
         """Type it; False when it must wait. A crash from here on leaves it unknown, never
         repeated."""
-        agent = self.agent
-        agent.store.begin(frame["epoch"], frame["id"])
+        agent, said = self.agent, []
+        self._begin(frame)
         session = agent.sessions.all.get(frame["session_id"])
         try:
             if session is None:
@@ -4316,22 +4434,22 @@ class Mail:
                 frame["session_id"], words_of(frame) if profile.get("text") else notice(frame)
             )
             agent.activities.signal(session, "typed", by="hub")
-            self._typed(frame)
+            said = self._typed(frame)
         except DialogOpen:  # seen only now
-            agent.store.put_back(frame["epoch"], frame["id"])
-            with self.lock:
-                self.waiting[frame["session_id"]].insert(0, frame)
+            self._wait_again(frame)
             return False
         except AgentError as error:
-            agent._not_delivered(frame, "not_delivered", str(error))
-        self._done(frame)
+            said = [agent.undelivered(frame, "not_delivered", str(error))]
+        agent.store.owed.do(agent.done, frame, *said)
         return True
 
-    def _typed(self, frame):
-        if frame.get("intervention_id"):
-            said = {"type": "agent_event", "kind": "typed", "command": frame["type"]}
-            said |= {name: frame.get(name) for name in ("session_id", "intervention_id")}
-            self.agent.outgoing.spool(said)
+    @staticmethod
+    def _typed(frame):
+        """What is said of it."""
+        if not frame.get("intervention_id"):
+            return []
+        said = {"type": "agent_event", "kind": "typed", "command": frame["type"]}
+        return [said | {name: frame.get(name) for name in ("session_id", "intervention_id")}]
 
     def _interrupt(self, session, profile):
         """Have the agent stop what it does, so that it reads what comes."""
@@ -4345,9 +4463,6 @@ class Mail:
             if self.agent.activities.of(session.session_id) != "working":
                 return
             time.sleep(0.05)
-
-    def _done(self, frame):
-        self.agent.store.done(frame["epoch"], frame["id"])
 
 
 DETECT_AGAIN_S = 600  # somebody may have installed a coding agent meanwhile
@@ -4427,9 +4542,13 @@ class Lanes:
                         del self._lanes[name], self._undone[name]
                         return
                 continue
-            self._carry_out(frame)
-            with self._lock:
-                self._undone[name] -= 1
+            try:
+                self._carry_out(frame)
+            except sqlite3.OperationalError as error:  # whoever has put it here does so again
+                log.error("a frame of type %s: %s; trying again", frame["type"], error)
+            finally:
+                with self._lock:
+                    self._undone[name] -= 1
 
 
 def terminals_of(config, settings, ptys):
@@ -4471,6 +4590,7 @@ class Agent:
         self.profiles_changed = threading.Event()
         self._look_at = 0.0
         self.commands = queue.SimpleQueue()  # frames with the epoch they came in
+        self._refused = None  # the command that the store has refused: it is the next one
         self.lanes = Lanes(lambda frame: self._carry_out(self.MOMENTS, frame))
         self.connection = 0
         self.epoch = ""
@@ -4483,12 +4603,16 @@ class Agent:
         self.requests.recover()
         for epoch, frame, begun in self.store.unfinished():
             if begun:
-                self._not_delivered(frame, "delivery_unknown", "the agent ended while typing")
-                if request := self.requests.open.get(frame.get("request_id")):
-                    self.requests.close(request)
-                self.store.done(epoch, frame["id"])
+                self.store.owed.do(self._give_up, {**frame, "epoch": epoch})
             else:
                 self.commands.put({**frame, "epoch": epoch})
+
+    def _give_up(self, frame):
+        """What was being typed when the last run ended is not typed again."""
+        if request := self.requests.open.get(frame.get("request_id")):
+            self.requests.close(request)
+        why = "the agent ended while typing"
+        self.done(frame, self.undelivered(frame, "delivery_unknown", why))
 
     # -- for the carrier
 
@@ -4529,20 +4653,31 @@ class Agent:
         }
 
     def received(self, frames):
-        """Take the hub's frames: commands are on the disk before they are acknowledged."""
+        """Take the hub's frames: commands are on the disk before they are acknowledged. What the
+        disk refuses is not acknowledged: the hub says it again, and the connection stays."""
         commands = []
         for frame in frames:
             if "id" in frame:
                 commands.append(frame)
             elif frame.get("type") in self.AT_ONCE:
-                self._carry_out(self.AT_ONCE, frame)
+                self._take(self._carry_out, self.AT_ONCE, frame)
             elif not self._typed_at_once(frame):
                 self.lanes.put({**frame, "connection": self.connection})
         if commands:
-            new = self.store.receive(self.epoch, commands)
-            self.outgoing.acknowledge([frame["id"] for frame in commands])
-            for frame in new:
-                self.commands.put({**frame, "epoch": self.epoch})
+            self._take(self._receive, commands)
+
+    @staticmethod
+    def _take(deed, *arguments):
+        try:
+            deed(*arguments)
+        except sqlite3.OperationalError as error:
+            log.error("what the hub says cannot be written down yet: %s", error)
+
+    def _receive(self, commands):
+        new = self.store.receive(self.epoch, commands)
+        self.outgoing.acknowledge([frame["id"] for frame in commands])
+        for frame in new:
+            self.commands.put({**frame, "epoch": self.epoch})
 
     def _typed_at_once(self, frame):
         """Whether it was a keystroke that could be passed on right here: on a busy machine every
@@ -4570,13 +4705,20 @@ class Agent:
     # -- steps of threads
 
     def run_command(self):
-        frame = self.commands.get()
+        """Carry out the next command; one that the store has refused again, as after a crash,
+        before any that came after it."""
+        frame, self._refused = self._refused or self.commands.get(), None
         try:
             if self._carry_out(self.COMMANDS, frame) is not LATER:
-                self.store.done(frame["epoch"], frame["id"])
-        except sqlite3.OperationalError:  # again, as after a crash, when there is room
-            self.commands.put(frame)
+                self.store.owed.do(self.done, frame)
+        except sqlite3.OperationalError:
+            self._refused = frame
             raise
+
+    def done(self, frame, *frames):
+        """The command is carried out, of which this is to be said."""
+        self.store.done(frame["epoch"], frame["id"], *frames)
+        self.outgoing.wake.set()
 
     def serve_hooks(self):
         self.hooks.step()
@@ -4586,7 +4728,7 @@ class Agent:
         found = detect(self.sessions.profiles, self.settings.detect_s)
         if found != self.installed:
             self.installed = found
-            self.store.put("installed", found)
+            self.store.owed.do(self.store.put, "installed", found)
             self.outgoing.say({"type": "capabilities", "capabilities": self._capabilities()})
         self.profiles_changed.wait(DETECT_AGAIN_S)
         self.profiles_changed.clear()
@@ -4596,6 +4738,7 @@ class Agent:
 
     def watch(self):
         now = time.monotonic()
+        self.store.owed.settle(now)
         self.sessions.look(now)
         self.sessions.release_logs(now)
         if now >= self._look_at:
@@ -4674,12 +4817,10 @@ class Agent:
         request = self.requests.open.get(asked["request_id"])
         if request is None:
             return
-        self.requests.close(request)
-        if arrived:
-            self.requests.tell(request.request_id, session.session_id, "delivered")
-        else:
-            why = "the hook ended while the answer was passed on"
-            self.requests.tell(request.request_id, session.session_id, "delivery_unknown", why)
+        how = ("delivered",)
+        if not arrived:
+            how = "delivery_unknown", "the hook ended while the answer was passed on"
+        self.store.owed.do(self.requests.close, request, *how)
         use = asked["payload"].get("tool_use_id")
         self.activities.signal(session, "decided", request_id=request.request_id, tool_use_id=use)
 
@@ -4699,14 +4840,17 @@ class Agent:
 
     def _take_profiles(self, frame):
         if isinstance(frame.get("profiles"), dict):
-            self.store.put("profiles", frame["profiles"])
             self.sessions.profiles = parse_profiles(frame["profiles"])
-            self.store.put("profiles_etag", frame.get("profiles_etag"))
             self.profiles_changed.set()
+            self.store.owed.do(self._keep_profiles, frame["profiles"], frame.get("profiles_etag"))
+
+    def _keep_profiles(self, texts, etag):
+        self.store.put("profiles", texts)
+        self.store.put("profiles_etag", etag)
 
     def _spool_ack(self, frame):
-        self.store.trim_spool(frame["upto"])
         self.requests.spool_acked(frame["upto"])
+        self.store.trim_spool(frame["upto"])
         self.sessions.sweep_all()
 
     def _log_ack(self, frame):
@@ -4761,23 +4905,30 @@ class Agent:
             self.lanes.put({**frame, "type": "press"})
             return LATER
         except AgentError as error:
-            self._not_delivered(frame, "not_delivered", str(error))
+            self.outgoing.spool(self.undelivered(frame, "not_delivered", str(error)))
 
     def _press(self, frame):
-        request, left = self.requests.open.get(frame["request_id"]), None
+        request, why = self.requests.open.get(frame["request_id"]), "it could not be given"
         try:
             if request is None:
                 raise AgentError("nobody waits for it any more")
             self.requests.press(request)
-            self.requests.tell(request.request_id, request.session_id, "delivered")
-            left = self._say_why(frame)
+            why = None
         except AgentError as error:
-            self._not_delivered({**frame, "type": "permission_answer"}, "not_delivered", str(error))
+            why = str(error)
         finally:
+            self.store.owed.do(self._pressed, frame, request, why)
+
+    def _pressed(self, frame, request, why):
+        """What is said of a key that was pressed, or why it was not."""
+        if why is not None:
             if request is not None:
                 self.requests.close(request)
-            if left is not LATER:
-                self.store.done(frame["epoch"], frame["id"])
+            answer = {**frame, "type": "permission_answer"}
+            return self.done(frame, self.undelivered(answer, "not_delivered", why))
+        self.requests.close(request, "delivered")
+        if self._say_why(frame) is not LATER:
+            self.done(frame)
 
     def _say_why(self, frame):
         """Have the reason of a denial typed, since its key says none; LATER if it will be."""
@@ -4791,21 +4942,21 @@ class Agent:
     def _rules_changed(self, frame):
         self.rules.take(frame["rules"])
 
-    def _not_delivered(self, frame, kind, why):
+    @staticmethod
+    def undelivered(frame, kind, why):
+        """What the hub is told of words that were not typed, or perhaps not."""
         log.warning("the notice of %s was not typed: %s", frame["type"], why)
-        self.outgoing.spool(
-            {
-                "type": "agent_event",
-                "kind": kind,
-                "command_id": frame["id"],
-                "command": frame["type"],
-                "session_id": frame.get("session_id"),
-                "task_id": frame.get("task_id") or (frame.get("task") or {}).get("id"),
-                "intervention_id": frame.get("intervention_id"),
-                "request_id": frame.get("request_id"),
-                "why": why,
-            }
-        )
+        return {
+            "type": "agent_event",
+            "kind": kind,
+            "command_id": frame["id"],
+            "command": frame["type"],
+            "session_id": frame.get("session_id"),
+            "task_id": frame.get("task_id") or (frame.get("task") or {}).get("id"),
+            "intervention_id": frame.get("intervention_id"),
+            "request_id": frame.get("request_id"),
+            "why": why,
+        }
 
     def _session_close(self, frame):
         session = self.sessions.all.get(frame["session_id"])
@@ -5646,10 +5797,16 @@ class PrivateLog(logging.handlers.RotatingFileHandler):
     def _open(self):
         return open(self.baseFilename, "a", encoding="utf-8", opener=open_private)
 
+    def handleError(self, record):
+        """A full disk is no trouble of its own: the terminal and the hub are told of it."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
 
 def log_to(state_dir, verbose=False, terminal=True):
     form = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
-    handlers = [PrivateLog(state_dir / "agent.log", maxBytes=KB * KB, backupCount=3)]
+    path = state_dir / "agent.log"
+    handlers = [PrivateLog(path, maxBytes=KB * KB, backupCount=3, delay=True)]
     if terminal:
         handlers.append(logging.StreamHandler())
     for handler in handlers:
@@ -5667,9 +5824,11 @@ def hold(state_dir):
                 f"An agent already runs with the state directory {state_dir}: stop that one "
                 "first (--stop), or give this one its own --config and --state."
             )
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        try:
+            os.truncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"{os.getpid()}\n".encode())
+        except OSError as error:  # the lock holds all the same; --stop will not know whom
+            print(f"agent.py: {lock.name} cannot be written: {error.strerror}", file=sys.stderr)
         yield
 
 

@@ -3,12 +3,15 @@ is a small HTTP server here, which stands in for the network only; the tests wit
 are elsewhere."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -856,7 +859,6 @@ def test_a_program_heeds_signals_that_its_agent_was_told_to_ignore(tmp_path):
     )
     mask = int(said.stdout.split()[1], 16)
     assert [number for number in ignored if mask >> (number - 1) & 1] == []
-# ---------------------------------------------------------------------------- the doctor
 
 
 # ---------------------------------------------------------------------------- tmux that goes
@@ -901,6 +903,39 @@ def test_a_tmux_whose_socket_was_removed_is_no_tmux_that_has_ended(agent, wire, 
         assert agent.type(number, "still here")["ok"]
         until(lambda number=number: b"still here" in wire.output(number))
     assert not wire.reports("session_closed")
+
+
+# ---------------------------------------------------------------------------- a full disk
+
+
+def test_an_agent_starts_although_nothing_can_be_written(agent, wire):
+    session_id = agent.session(command=["cat"])
+    wire.report("session_started", session_id=session_id)
+    agent.kill()
+    cli = agent.state / "bin" / "orchestratia"
+    was = cli.read_text()
+    cli.write_text("of an older version")
+    with contextlib.closing(sqlite3.connect(agent.state / "state.db")) as db:
+        db.execute("SELECT * FROM meta").fetchall()  # it is open: nothing of it goes or is made
+        full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, -1))  # noqa: E731
+        seen = len(wire.syncs)
+        agent.process = subprocess.Popen(
+            agent.arguments(), env=agent.env, stderr=subprocess.PIPE, text=True, preexec_fn=full
+        )
+        until(lambda: len(wire.syncs) > seen)
+        assert agent.type(session_id, "hello")["ok"]
+        until(lambda: b"hello" in wire.output(session_id))
+        assert not wire.reports("session_recovered")
+        resource.prlimit(agent.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+        wire.report("session_recovered", session_id=session_id)
+        until(lambda: cli.read_text() == was)
+    agent.kill()
+    errors = agent.process.stderr.read()
+    agent.process.stderr.close()
+    assert "is put off" in errors and "Traceback" not in errors
+
+
+# ---------------------------------------------------------------------------- the doctor
 
 
 def test_a_proxy_that_answers_in_the_hubs_place_is_found(rig):
