@@ -200,6 +200,12 @@ def iso_of(at):
     return text.replace("+00:00", "Z")
 
 
+def wall_time(moment):
+    """What the clock showed, as it is set now, at a moment of `time.monotonic()`. Inside the agent
+    moments are compared; the clock, which may be set back, is for what is said and stored."""
+    return time.time() - (time.monotonic() - moment)
+
+
 def now_iso():
     return iso_of(time.time())
 
@@ -3116,7 +3122,7 @@ def reduce(profile, state, signal):
     """The state after a signal: {kind, at, …}. Pure: the same always gives the same.
 
     kinds: hook {event, payload}, title {title}, screen {lines}, typed {by: terminal | hub},
-    decided {tool_use_id}, tick. at: seconds since the epoch."""
+    decided {tool_use_id}, tick. at: seconds on a clock that is never set."""
     return REDUCERS[signal["kind"]](profile, state, signal)
 
 
@@ -3578,7 +3584,7 @@ class Activities:
 
     def signal(self, session, kind, **said):
         """Take a signal into account, and tell the hub if that changes the activity."""
-        now = time.time()
+        now = time.monotonic()
         with self.lock:
             profile = self.profile(session)
             before = self.states.get(session.session_id) or start_state(now)
@@ -3593,7 +3599,7 @@ class Activities:
         return after
 
     def _tell(self, session, profile, state, now):
-        *told, told_at = self._told.get(session.session_id, (None, None, 0, 0))
+        *told, told_at = self._told.get(session.session_id, (None, None, 0, -math.inf))
         progress = self._progress.get(session.session_id, state["since"])
         # A source heard for the first time is news: it is not silent any more.
         news = [state["activity"], state["reason"], len(state["heard"])]
@@ -3605,9 +3611,9 @@ class Activities:
             "state": state["activity"],
             "reason": state["reason"],
             "signal": state["signal"],
-            "since": state["since"],
-            "progress": progress,
-            "signals": explain(profile, state, now),
+            "since": wall_time(state["since"]),
+            "progress": wall_time(progress),
+            "signals": [self._by_wall(source) for source in explain(profile, state, now)],
         }
         if state["activity"] == "working" and self._begins(session):
             begun = self.sessions.report(session, outcome="started")
@@ -3616,6 +3622,10 @@ class Activities:
         else:
             self.outgoing.spool(frame)
         self._told[session.session_id] = *news, progress
+
+    @staticmethod
+    def _by_wall(source):
+        return source if source["at"] is None else {**source, "at": wall_time(source["at"])}
 
     @staticmethod
     def _begins(session):
@@ -3670,7 +3680,7 @@ class Activities:
         if self._sizes.get(session.session_id) != size:
             self._sizes[session.session_id] = size
             if not self.profile(session).get("hooks"):
-                self._progress[session.session_id] = time.time()
+                self._progress[session.session_id] = time.monotonic()
 
 
 # ---------------------------------------------------------------------------- permissions
@@ -3690,8 +3700,8 @@ class Request:
     fingerprint: str | None = None
     spool: int = 0
     held: bool = False  # a hook client waits right now
-    since: float = dataclasses.field(default_factory=time.time)  # first known here
-    left: float = dataclasses.field(default_factory=time.time)  # by its last hook client
+    since: float = dataclasses.field(default_factory=time.monotonic)  # first known here
+    left: float = dataclasses.field(default_factory=time.monotonic)  # by its last hook client
     answer: dict | None = None
     passing: bool = False  # the answer is on its way to the hook client
     changed: threading.Event = dataclasses.field(default_factory=threading.Event, repr=False)
@@ -3795,7 +3805,7 @@ class Requests:
         self.acked = threading.Condition()
         self.upto = 0
         for row in store.get("requests", []):
-            row.pop("since", None)  # of an older version, by another clock
+            row.pop("since", None)  # of an older version, by the clock on the wall
             self.open[row["request_id"]] = Request(**known_fields(Request, row))
 
     def recover(self):
@@ -3882,7 +3892,7 @@ class Requests:
                 self._save()
             return answer
         finally:
-            request.held, request.left = False, time.time()
+            request.held, request.left = False, time.monotonic()
 
     def _begin(self, session, request_id, via, payload, fingerprint=None):
         """A request that the hub has been told of; None while it is away, or the disk is full."""
@@ -3956,7 +3966,7 @@ class Requests:
     def abandoned(self):
         """Requests whose hook client has not come back, and that have an answer: it is given by
         key, if the dialog is there."""
-        late = time.time() - HOOK_BACK_S
+        late = time.monotonic() - HOOK_BACK_S
         with self.lock:
             left = [r for r in self.open.values() if r.via == "hook" and not (r.held or r.passing)]
             left = [r for r in left if r.left < late]
@@ -3970,7 +3980,7 @@ class Requests:
         """Compare the dialogs that are shown with the requests that are open."""
         for session in self.sessions.live():
             dialog = dialogs.get(session.session_id)
-            mark, now = dialog and dialog["fingerprint"], time.time()
+            mark, now = dialog and dialog["fingerprint"], time.monotonic()
             before, since = self._seen.get(session.session_id, (None, now))
             if mark != before:
                 since = now
@@ -3986,7 +3996,7 @@ class Requests:
             if request.fingerprint is None and dialog:
                 request.fingerprint = mark  # a hook announced what is now shown
                 self._save()
-            elif request.fingerprint != mark and time.time() - request.since > 2:
+            elif request.fingerprint != mark and time.monotonic() - request.since > 2:
                 self.end(request, "in the terminal")
         if not dialog or dialog["kind"] not in ASKED or self._is_known(ours, mark):
             return
@@ -4412,7 +4422,7 @@ class Mail:
         state = self.agent.activities.states.get(session.session_id)
         if not self._knows_idle(session):
             return False
-        return state is None or time.time() - state["began"] < HOOKS_EXPECTED_S
+        return state is None or time.monotonic() - state["began"] < HOOKS_EXPECTED_S
 
     def _knows_idle(self, session):
         """Whether it would be seen that the session's agent has nothing to do."""

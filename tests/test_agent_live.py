@@ -1093,6 +1093,43 @@ def test_words_whose_record_is_refused_are_typed_once(make, caplog):
     assert notes(path) == 1
 
 
+# ---------------------------------------------------------------------------- clocks
+
+
+class SetBack:
+    """The module `time` on a machine whose clock was set back by so many seconds."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def time(self):
+        return time.time() - self.seconds
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
+def test_progress_is_told_after_the_clock_was_set_back(still, monkeypatch):
+    still.agent.settings.progress_s = 0
+    session = still.start("cat", profile="own")
+    still.agent.activities.signal(session, "hook", event="Go")
+    monkeypatch.setattr(agent_module, "time", SetBack(3600))
+    still.agent.activities.signal(session, "hook", event="Go")
+    before, after = still.told("session_activity", session.session_id)
+    assert after["since"] == pytest.approx(before["since"] - 3600, abs=1)
+    assert 0 <= time.time() - 3600 - after["progress"] < 10
+
+
+def test_answers_find_their_dialogs_after_the_clock_was_set_back(still, monkeypatch):
+    monkeypatch.setattr(agent_module, "HOOK_BACK_S", 0)
+    request = agent_module.Request("r", "s", "hook", "Bash", answer={"decision": "deny"})
+    still.store.put("requests", [request.row()])
+    still.store.close()
+    still.begin()  # the hook client had gone with the last run
+    monkeypatch.setattr(agent_module, "time", SetBack(3600))
+    until(lambda: [r.request_id for r in still.agent.requests.abandoned()] == ["r"])
+
+
 # ---------------------------------------------------------------------------- terminals that go
 
 
