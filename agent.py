@@ -257,6 +257,15 @@ def write_changed(path, text):
     write_private(path, text)
 
 
+def sync_directory(path):
+    """Have the names in a directory survive a loss of power."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
 def load_config(path):
     """The config file as a dict; {} if there is none."""
     import yaml
@@ -277,6 +286,8 @@ def save_config(path, config):
 
     make_private_dir(path.parent)
     write_private(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    for directory in (path.parent, path.parent.parent):  # it may have been made just now
+        sync_directory(directory)
 
 
 def settings_of(config):

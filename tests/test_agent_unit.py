@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import os
 import queue
 import sqlite3
 import stat
@@ -103,6 +104,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         agent.save_config(path, {"a": 2})
     assert agent.load_config(path) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_new_config_survives_a_loss_of_power(tmp_path, monkeypatch):
+    real, synced = os.fsync, []
+
+    def fsync(number):
+        synced.append(os.readlink(f"/proc/self/fd/{number}"))
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    agent.save_config(tmp_path / "new" / "config.yaml", {"api_key": "orc_1"})
+    file, *directories = synced
+    assert os.path.dirname(file) == str(tmp_path / "new")
+    assert directories == [str(tmp_path / "new"), str(tmp_path)]
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a list", "just text", "\x00"])
