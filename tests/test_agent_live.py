@@ -909,7 +909,7 @@ def refusing_rows(store, text):
 
 def test_an_end_that_is_refused_is_told_when_there_is_room(still):
     session = still.start("sh", "-c", "exit 7", profile="command", task_id="t", attempt=1)
-    until(lambda: still.pane(session).dead and still.pane(session).exit_code is not None)
+    until(lambda: still.pane(session).dead)
     with refusing(still.store):
         with pytest.raises(sqlite3.OperationalError):
             until(lambda: still.sessions.look(time.monotonic()))
@@ -1005,6 +1005,21 @@ def test_work_that_began_while_nothing_could_be_written_is_told(still):
     assert (told["state"], session.begun) == ("working", True)
     activities.signal(session, "tick")
     assert len(still.told("session_activity", session.session_id)) == 1
+
+
+def test_a_request_that_was_settled_is_told_so_when_there_is_room(still):
+    session, requests = still.start("cat"), still.agent.requests
+    still.agent.is_connected = lambda: True
+    asked, refused = str(uuid.uuid4()), str(uuid.uuid4())
+    assert requests._begin(session, asked, "screen", {"tool_name": "Bash"})
+    with refusing(still.store):
+        assert requests._begin(session, refused, "screen", {"tool_name": "Bash"}) is None
+        requests.settled(session.session_id)
+        assert set(requests.open) == {asked}
+    still.agent.watch()
+    [ended] = still.told("permission_ended", session.session_id)
+    assert ended["request_id"] == asked
+    assert not requests.open and still.store.get("requests") == []
 
 
 def test_a_gap_is_written_down_before_the_recording_goes_on(still):
