@@ -30,6 +30,7 @@ import collections
 import contextlib
 import dataclasses
 import email.utils
+import errno
 import fcntl
 import functools
 import hashlib
@@ -200,6 +201,12 @@ def iso_of(at):
     return text.replace("+00:00", "Z")
 
 
+def wall_time(moment):
+    """What the clock showed, as it is set now, at a moment of `time.monotonic()`. Inside the agent
+    moments are compared; the clock, which may be set back, is for what is said and stored."""
+    return time.time() - (time.monotonic() - moment)
+
+
 def now_iso():
     return iso_of(time.time())
 
@@ -243,6 +250,23 @@ def write_private(path, text):
         raise
 
 
+def write_changed(path, text):
+    """The same, unless that is what the file holds: a start needs no room on the disk."""
+    with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+        if path.read_text(encoding="utf-8") == text:
+            return
+    write_private(path, text)
+
+
+def sync_directory(path):
+    """Have the names in a directory survive a loss of power."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
 def load_config(path):
     """The config file as a dict; {} if there is none."""
     import yaml
@@ -263,6 +287,8 @@ def save_config(path, config):
 
     make_private_dir(path.parent)
     write_private(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    for directory in (path.parent, path.parent.parent):  # it may have been made just now
+        sync_directory(directory)
 
 
 def settings_of(config):
@@ -527,9 +553,61 @@ class Session:
         return f"session {self.tmux_name}"
 
 
+def known_fields(kind, row):
+    """What a dataclass knows of a stored row: a later version may have written more."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in row.items() if name in names}
+
+
+def is_refusal(error):
+    """Whether the disk takes nothing now and may later: it is full, or read only."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    return isinstance(error, sqlite3.OperationalError)
+
+
+class Owed:
+    """Writes that a full disk has refused, made in their order when it takes them. For what must
+    not be done again (a text was typed, a dialog is gone) when only its record was refused."""
+
+    def __init__(self):
+        self._deeds = collections.deque()
+        self._lock = threading.Lock()
+        self._again_at = -math.inf
+
+    def do(self, deed, *arguments):
+        """Do it now, or as soon as it can be done and all that waits before it."""
+        if not self._deeds:
+            try:
+                return deed(*arguments)
+            except (sqlite3.OperationalError, OSError) as error:
+                if not is_refusal(error):
+                    raise
+                log.error("%s is put off: %s", deed.__name__, error)
+        with self._lock:
+            if (deed, arguments) not in self._deeds:
+                self._deeds.append((deed, arguments))
+
+    def settle(self, now):
+        """Do what waits, as far as it can be done, and after a refusal not again for a second.
+        Only one thread may call this."""
+        while self._deeds and now >= self._again_at:
+            deed, arguments = self._deeds[0]
+            try:
+                deed(*arguments)
+            except Exception as error:
+                if is_refusal(error):
+                    self._again_at = now + 1
+                    return
+                log.exception("%s failed", deed.__name__)
+            with self._lock:
+                self._deeds.popleft()
+
+
 class Store:
     """What survives kill -9: spool, journal of commands, sessions. Every write is one
-    transaction that is on the disk when the call returns (synchronous=FULL)."""
+    transaction that is on the disk when the call returns (synchronous=FULL). What is in memory
+    is changed after it: a write that is refused has changed nothing."""
 
     SCHEMA = """
         CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -544,6 +622,7 @@ class Store:
         os.close(open_private(path, os.O_CREAT | os.O_RDWR))
         self.path = Path(path)
         self.trouble = None  # why the last change is not on the disk
+        self.owed = Owed()
         self._lock = threading.RLock()
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -587,9 +666,11 @@ class Store:
         rows = self._rows("SELECT value FROM meta WHERE key = ?", key)
         return json.loads(rows[0][0]) if rows else default
 
-    def put(self, key, value):
+    def put(self, key, value, *frames):
+        """Write a value and spool what is to be said of it; the number of the last frame."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+            return [0, *(self._append(db, frame) for frame in frames)][-1]
 
     # -- spool
 
@@ -661,13 +742,16 @@ class Store:
         """Nothing was typed after all: it is tried again."""
         self._mark(epoch, command_id, "UPDATE journal SET state = 'received'")
 
-    def done(self, epoch, command_id):
+    def done(self, epoch, command_id, *frames):
+        """Note that it is carried out, and spool what is to be said of that."""
         # The frame goes: it may hold a session's key.
-        self._mark(epoch, command_id, "UPDATE journal SET state = 'done', frame = NULL")
+        self._mark(epoch, command_id, "UPDATE journal SET state = 'done', frame = NULL", *frames)
 
-    def _mark(self, epoch, command_id, update):
+    def _mark(self, epoch, command_id, update, *frames):
         with self._transaction() as db:
             db.execute(f"{update} WHERE epoch = ? AND id = ?", (epoch, command_id))
+            for frame in frames:
+                self._append(db, frame)
 
     def unfinished(self):
         """(epoch, frame, begun) of commands received and not done, oldest first."""
@@ -679,17 +763,23 @@ class Store:
     # -- sessions
 
     def sessions(self):
-        return [Session(**json.loads(row)) for (row,) in self._rows("SELECT row FROM session")]
+        rows = [json.loads(row) for (row,) in self._rows("SELECT row FROM session")]
+        return [Session(**known_fields(Session, row)) for row in rows]
 
-    def save(self, session, *frames):
-        """Write the session and spool what is to be said of it, both or neither."""
-        with self._transaction() as db:
-            for frame in frames:
-                n = self._append(db, frame)
-                if frame["type"] == "session_closed":
-                    session.closed_spool = n
-            row = json.dumps(dataclasses.asdict(session))
-            db.execute("INSERT OR REPLACE INTO session VALUES (?, ?)", (session.session_id, row))
+    def save(self, session, *frames, **changes):
+        """Write the session as it is with these changes and spool what is to be said of it, both
+        or neither; the session itself is changed once that is on the disk."""
+        with self._lock:  # whoever saves it meanwhile must see the changes
+            with self._transaction() as db:
+                for frame in frames:
+                    n = self._append(db, frame)
+                    if frame["type"] == "session_closed":
+                        changes["closed_spool"] = n
+                row = json.dumps(dataclasses.asdict(session) | changes)
+                named = session.session_id, row
+                db.execute("INSERT OR REPLACE INTO session VALUES (?, ?)", named)
+            for name, value in changes.items():
+                setattr(session, name, value)
 
     def forget(self, session_id):
         with self._transaction() as db:
@@ -1113,7 +1203,8 @@ class Tmux:
         "#{session_name} #{pane_id} #{pane_dead} #{pane_pid} #{pane_pipe} #{pid}"
         " [#{pane_dead_status}] [#{pane_dead_signal}]\t#{pane_title}"
     )
-    NO_SERVER = ("no server running on", "error connecting to", "no current target")
+    NO_SERVER = ("no server running on", "error connecting to")
+    SOCKET_S = 2  # longest wait for a server to make its socket anew
     # For a live view: every key is the program's, and what is drawn is the program's screen. Set
     # when a view begins, so that older and adopted sessions have them too.
     VIEWED = (
@@ -1131,6 +1222,8 @@ class Tmux:
 
     def __init__(self, socket_name, ptys):
         self.command = ["tmux", "-u", "-L", socket_name, "-f", "/dev/null"]
+        self.socket_name = socket_name
+        self.server_pid = None  # of the server, as far as it is known
         self.ptys = ptys
         self._views = {}  # session name: View
         self._lock = threading.Lock()
@@ -1149,6 +1242,8 @@ class Tmux:
             raise TmuxError("tmux is not installed: install it with your packages.") from error
         except subprocess.TimeoutExpired as error:
             raise TmuxError(f"tmux did not answer within 10 s ({arguments[0]}).") from error
+        except OSError as error:
+            raise TmuxError(f"tmux could not be started: {error.strerror}.") from error
         if answer.returncode:
             raise TmuxError(printable(answer.stderr.decode("utf-8", "replace")) or "tmux failed")
         return answer.stdout.decode("utf-8", "replace")
@@ -1159,6 +1254,8 @@ class Tmux:
     def new_session(self, name, argv, log_path, cols, rows):
         """Start argv in a new session; returns (pane id, pid). One call: with the pipe or
         remain-on-exit set in a second one, a fast program's first lines or exit are lost."""
+        if not self._socket().exists():
+            self.panes()  # or a second server would begin beside one that has lost it
         return tuple(
             self.run(
                 *("start-server", ";", "set-option", "-g", "status", "off", ";"),
@@ -1177,18 +1274,49 @@ class Tmux:
 
     def panes(self):
         """{session name: Pane} of the first pane of every orc- session."""
-        try:
-            lines = self.run("list-panes", "-a", "-F", self.PANE).splitlines()
-        except TmuxError as error:
-            if str(error).startswith(self.NO_SERVER):
-                return {}
-            raise
+        lines = self._lines()
+        if lines is None:
+            lines = self._lines_again()
         panes = {}
         for line in lines:
             name, pane = self._pane(line)
+            self.server_pid = pane.server_pid
             if name.startswith("orc-"):
                 panes.setdefault(name, pane)
         return panes
+
+    def _lines(self):
+        """A line for each pane; None when no server is reached."""
+        try:
+            return self.run("list-panes", "-a", "-F", self.PANE).splitlines()
+        except TmuxError as error:
+            if str(error).startswith(self.NO_SERVER):
+                return None
+            if str(error).startswith("no current target"):
+                return []
+            raise
+
+    def _lines_again(self):
+        """The same when there is no socket: a server that lives, whose socket somebody has
+        removed, makes it anew when it is told to. [] when there is none."""
+        lines, deadline = None, time.monotonic() + self.SOCKET_S
+        while lines is None and self._lives() and time.monotonic() < deadline:
+            signal_process(self.server_pid, signal.SIGUSR1)
+            time.sleep(0.05)
+            lines = self._lines()
+        if lines is None:
+            self.server_pid = None
+        return lines or []
+
+    def _lives(self):
+        """Whether our server is a process still: nobody else has our socket's name among its
+        arguments."""
+        return bool(self.server_pid) and self.socket_name in command_line(self.server_pid)
+
+    def _socket(self):
+        """Where tmux has its socket."""
+        base = os.path.realpath(os.environ.get("TMUX_TMPDIR") or "/tmp")
+        return Path(base) / f"tmux-{os.getuid()}" / self.socket_name
 
     @staticmethod
     def _pane(line):
@@ -1925,7 +2053,8 @@ class Sessions:
         self.terminals = {terminal.kind: terminal for terminal in terminals}
         self.kind = terminals[0].kind  # of new sessions
         self.root = make_private_dir(state_dir / "sessions")
-        self.bin = install_cli(make_private_dir(state_dir / "bin"))
+        self.bin = make_private_dir(state_dir / "bin")
+        store.owed.do(install_cli, self.bin)
         self.profiles = parse_profiles(store.get("profiles", {}))
         self.lock = threading.RLock()
         self.on_typed = lambda session, data: None  # told of what people type
@@ -1995,15 +2124,24 @@ class Sessions:
     def start(self, order, task=None):
         """Carry out a session_start; said twice, or twice for one attempt, it starts once."""
         with self.lock:
-            existing = self.all.get(order["session_id"]) or self.live_of_attempt(
-                order.get("task_id"), order.get("attempt")
-            )
-            if existing:
-                return self._say_started_again(existing)
             try:
+                if self._goes_on_starting(self.all.get(order["session_id"])):
+                    return
+                existing = self.all.get(order["session_id"]) or self.live_of_attempt(
+                    order.get("task_id"), order.get("attempt")
+                )
+                if existing:
+                    return self._say_started_again(existing)
                 self._start(order, task)
             except (AgentError, OSError, ValueError, TypeError, KeyError) as error:
                 self._say_not_started(order, error)
+
+    def _goes_on_starting(self, session):
+        """Whether it was a start that the store had refused in the middle, and is done now."""
+        if session is None or session.state != "starting":
+            return False
+        self._recover_starting(session, self.panes().get(session.tmux_name))
+        return session.state == "live"
 
     def _say_started_again(self, session):
         if session.state == "live":
@@ -2043,13 +2181,18 @@ class Sessions:
         )
         self._write_files(session, order, task, argv, launch)
         self.store.save(session)
-        self.all[session_id] = session
+        self._add(session)
         try:
-            self._launch(session, order)
-        except AgentError:
+            pane_id, pid = self._launch(session, order)
+        except (AgentError, OSError):
             self._forget(session)
             raise
-        self._say_live(session)
+        self._say_live(session, pane_id, int(pid))
+
+    def _add(self, session, acked=0):
+        self.all[session.session_id] = session
+        path = self.log_path(session)
+        self.logs.follow(session.session_id, path, acked=acked, start=session.log_start)
 
     def _directory_of(self, order):
         path = order.get("working_directory")
@@ -2117,18 +2260,15 @@ class Sessions:
         # Isolated and without site-packages: nothing of the user's shadows a module of ours.
         argv = [sys.executable, "-I", "-S", os.path.abspath(__file__), "--exec-session", str(run)]
         size = int(order.get("cols") or 120), int(order.get("rows") or 40)
-        session.pane_id, pid = self.terminal(session).new_session(
+        return self.terminal(session).new_session(
             session.tmux_name, argv, self.log_path(session), *size
         )
-        session.pid = int(pid)
 
-    def _say_live(self, session):
-        session.state = "live"
-        frames = [self._started(session)]
+    def _say_live(self, session, pane_id, pid):
+        frames = [{**self._started(session), "pid": pid}]
         if session.ends_task:
             frames.append(self.report(session, outcome="started"))
-        self.store.save(session, *frames)
-        self.logs.follow(session.session_id, self.log_path(session), acked=0)
+        self.store.save(session, *frames, state="live", pane_id=pane_id, pid=pid)
         self.outgoing.wake.set()
         log.info("%s started", session)
 
@@ -2158,41 +2298,59 @@ class Sessions:
     # -- taking up again after a restart
 
     def recover(self):
-        """Compare what we wrote down with what there is, once, before connecting."""
+        """Compare what we wrote down with what there is, once, before connecting. What cannot be
+        written now is done by its command, or at a look of the monitor."""
+        self._remember_tmux()
         panes = self.panes()
         for session in list(self.all.values()):
             path = self.log_path(session)
             if session.log_start:
                 released(path, 0, session.log_start)  # the last run may have ended before that
             self.logs.follow(session.session_id, path, start=session.log_start)
-            self.RECOVERIES[session.state](self, session, panes.get(session.tmux_name))
+            if session.terminal not in self.terminals:
+                log.error("%s is left alone: install tmux and restart the agent", session)
+                continue
+            with contextlib.suppress(sqlite3.OperationalError):
+                self.RECOVERIES[session.state](self, session, panes.get(session.tmux_name))
+
+    def _remember_tmux(self):
+        """Tell tmux which process its server is, as a program that it has started knows."""
+        for session in self.live():
+            terminal = self.terminals.get(session.terminal)
+            if isinstance(terminal, Tmux) and self._runs(session):
+                terminal.server_pid = parent_of(session.pid)
 
     def _recover_starting(self, session, pane):
         if pane is None:
             self._forget(session)  # its command is not done and runs again
         else:
-            session.pane_id, session.pid = pane.pane_id, pane.pid
-            self._say_live(session)
+            self._say_live(session, pane.pane_id, pane.pid)
 
     def _recover_live(self, session, pane):
         if pane is None:
             self._end_left_over(session)
             return self._finish(session, None)
         log.info("%s found again", session)
-        self.outgoing.spool(
+        self.store.owed.do(
+            self.outgoing.spool,
             {
                 "type": "session_recovered",
                 "session_id": session.session_id,
                 "tmux_name": session.tmux_name,
-            }
+            },
         )
 
     def _end_left_over(self, session):
-        """A program without tmux that did not mind the hang-up when the last agent ended."""
-        run = str(self.directory(session) / "run.json")
-        if session.terminal == "pty" and run in command_line(session.pid):  # not another's number
+        """Programs that did not mind the hang-up when their terminal went: before it is said that
+        it is gone, since their task may then be given out again."""
+        if self._runs(session):
+            log.warning("%s: its programs had outlived their terminal and are ended", session)
             signal_programs(session.pid, signal.SIGKILL)
             signal_process(session.pid, signal.SIGKILL)
+
+    def _runs(self, session):
+        """Whether the first program of the session is there, with or without its terminal."""
+        return str(self.directory(session) / "run.json") in command_line(session.pid)
 
     def _recover_ended(self, session, pane):
         if pane is not None:
@@ -2252,18 +2410,21 @@ class Sessions:
         adopted = {entry["tmux_name"]: entry for entry in answer.get("adopt", [])}
         for entry in listed:
             if entry["session_id"] is None:
-                self._adopt_or_close(entry, adopted.get(entry["tmux_name"]))
+                told = adopted.get(entry["tmux_name"])
+                self.store.owed.do(self._adopt_or_close, entry, told)
 
     def _keep(self, session, entry):
         acked = entry.get("log_acked") or 0
         if acked < session.log_start and not self.store.declares_gap(session.session_id, acked):
-            self.outgoing.spool(
-                self._gap(session, acked, session.log_start, "the hub had stored it once")
-            )
+            gap = self._gap(session, acked, session.log_start, "the hub had stored it once")
+            self.store.owed.do(self.outgoing.spool, gap)
         self.logs.acknowledge(session.session_id, acked)
         self.sweep(session)
 
     def _drop(self, session, _entry):
+        self.store.owed.do(self._end_or_forget, session)
+
+    def _end_or_forget(self, session):
         if session.state == "live":
             self.close(session, force=True, cancelled=True)
         else:
@@ -2286,8 +2447,7 @@ class Sessions:
         with self.lock:
             session = self._adopted(entry, told, acked)
             self.store.save(session)
-            self.all[session.session_id] = session
-        self.logs.follow(session.session_id, self.log_path(session), acked=acked, start=acked)
+            self._add(session, acked)
         log.info("%s adopted", session)
         if entry["alive"]:
             self._mend(session, "the session was adopted; what it printed before is not known")
@@ -2484,22 +2644,27 @@ class Sessions:
 
     def look(self, now):
         """One look of the monitor at every live session."""
-        live = self.live()
+        live = [session for session in self.live() if session.terminal in self.terminals]
         if not live:
             return
-        panes = self.panes()
+        panes, refused = self.panes(), None
         for session in live:
-            self._look_at(session, panes.get(session.tmux_name), now)
+            try:
+                self._look_at(session, panes.get(session.tmux_name), now)
+            except sqlite3.OperationalError as error:
+                refused = error  # it is tried again at the next look; others have their turn
+        if refused:
+            raise refused
 
     def _look_at(self, session, pane, now):
         if pane is None or pane.pane_id != session.pane_id:
+            self._end_left_over(session)
             self._finish(session, None)
         elif pane.dead:
             self._settle(session, pane)
         elif session.closing:
             self._press(session, pane, now)
         elif not pane.piped and now >= self._mend_at.get(session.session_id, 0):
-            self._mend_at[session.session_id] = now + MEND_PAUSE_S
             self._mend(session, "the recording of the output had stopped")
         elif self.terminal(session).watch_lost(session.tmux_name):
             self._view_again(session, now)
@@ -2529,11 +2694,10 @@ class Sessions:
         with self.lock:
             if session.state == "ended":
                 return
-            session.exit_code = exit_code
-            session.log_end = self.log_size(session)
-            frames = [self._outcome(session)] if self._owes_outcome(session) else []
-            session.state = "ended"
-            self.store.save(session, *frames, self._closed(session))
+            end = {"state": "ended", "exit_code": exit_code, "log_end": self.log_size(session)}
+            ended = dataclasses.replace(session, **end)
+            frames = [self._outcome(ended)] if self._owes_outcome(ended) else []
+            self.store.save(session, *frames, self._closed(ended), **end)
         self._let_go(session)
         for memory in self._memories:
             memory.pop(session.session_id, None)
@@ -2581,9 +2745,10 @@ class Sessions:
         return {**ours, "from": start, "to": stop, "why": why}
 
     def _mend(self, session, why):
-        gap = self._gap(session, self.log_size(session), None, why)
+        """Say first, then do: said twice it counts once, not said it would be an unmarked hole."""
+        self.outgoing.spool(self._gap(session, self.log_size(session), None, why))
+        self._mend_at[session.session_id] = time.monotonic() + MEND_PAUSE_S
         self.terminal(session).mend_pipe(session.tmux_name, self.log_path(session))
-        self.outgoing.spool(gap)
         log.warning("%s: %s", session, why)
 
     # -- giving output back to the disk
@@ -2622,8 +2787,8 @@ class Sessions:
         with self.lock:
             if self.all.get(session.session_id) is not session:
                 return  # forgotten meanwhile
-            before, session.log_start = session.log_start, start
-            self.store.save(session, *frames)
+            before = session.log_start
+            self.store.save(session, *frames, log_start=start)
         self.logs.cut(session.session_id, start)
         released(self.log_path(session), before, start)
 
@@ -2632,9 +2797,8 @@ class Sessions:
     def close(self, session, force=False, cancelled=False):
         """Ask the program to end (or make it); the monitor sees the end and reports it."""
         with self.lock:
-            session.closing = True
-            session.cancelled = session.cancelled or cancelled
-            self.store.save(session)
+            cancelled = session.cancelled or cancelled
+            self.store.save(session, closing=True, cancelled=cancelled)
             grace = 0 if force else self.settings.close_grace_s
             self._deadlines[session.session_id] = time.monotonic() + grace
 
@@ -2657,7 +2821,7 @@ class Sessions:
         if acked is None or acked < min(session.log_end, self.log_size(session)):
             return
         if session.closed_spool < self.store.spool_first():
-            self._forget(session)
+            self.store.owed.do(self._forget, session)
 
     def sweep_all(self):
         for session in list(self.all.values()):
@@ -2665,8 +2829,8 @@ class Sessions:
 
     def _forget(self, session):
         with self.lock:
-            self.all.pop(session.session_id, None)
             self.store.forget(session.session_id)
+            self.all.pop(session.session_id, None)
         self.logs.drop(session.session_id)
         shutil.rmtree(self.directory(session), ignore_errors=True)
 
@@ -2868,9 +3032,8 @@ def install_cli(directory):
     if cli.exists():
         wrapper = directory / "orchestratia"
         words = shlex.join([sys.executable, str(cli)])
-        write_private(wrapper, f'#!/bin/sh\nexec {words} "$@"\n')
+        write_changed(wrapper, f'#!/bin/sh\nexec {words} "$@"\n')
         wrapper.chmod(0o700)
-    return directory
 
 
 def read_result(path):
@@ -2931,6 +3094,14 @@ def command_line(pid):
         return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
     except OSError:
         return []
+
+
+def parent_of(pid):
+    """The process that has started another, None if that cannot be known."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def session_of(pid):
@@ -3000,7 +3171,7 @@ def reduce(profile, state, signal):
     """The state after a signal: {kind, at, …}. Pure: the same always gives the same.
 
     kinds: hook {event, payload}, title {title}, screen {lines}, typed {by: terminal | hub},
-    decided {tool_use_id}, tick. at: seconds since the epoch."""
+    decided {tool_use_id}, tick. at: seconds on a clock that is never set."""
     return REDUCERS[signal["kind"]](profile, state, signal)
 
 
@@ -3462,7 +3633,7 @@ class Activities:
 
     def signal(self, session, kind, **said):
         """Take a signal into account, and tell the hub if that changes the activity."""
-        now = time.time()
+        now = time.monotonic()
         with self.lock:
             profile = self.profile(session)
             before = self.states.get(session.session_id) or start_state(now)
@@ -3470,39 +3641,45 @@ class Activities:
             self.states[session.session_id] = after
             if kind == "hook":
                 self._progress[session.session_id] = now
-            self._tell(session, profile, after, now)
+            try:
+                self._tell(session, profile, after, now)
+            except sqlite3.OperationalError as error:  # it is told at the next look
+                log.debug("%s: its activity is not told yet: %s", session, error)
         return after
 
     def _tell(self, session, profile, state, now):
-        *told, told_at = self._told.get(session.session_id, (None, None, 0, 0))
+        *told, told_at = self._told.get(session.session_id, (None, None, 0, -math.inf))
         progress = self._progress.get(session.session_id, state["since"])
         # A source heard for the first time is news: it is not silent any more.
         news = [state["activity"], state["reason"], len(state["heard"])]
         if news == told and progress - told_at < self.settings.progress_s:
             return
-        self._told[session.session_id] = *news, progress
+        frame = {
+            "type": "session_activity",
+            "session_id": session.session_id,
+            "state": state["activity"],
+            "reason": state["reason"],
+            "signal": state["signal"],
+            "since": wall_time(state["since"]),
+            "progress": wall_time(progress),
+            "signals": [self._by_wall(source) for source in explain(profile, state, now)],
+        }
         if state["activity"] == "working" and self._begins(session):
-            self.outgoing.spool(self.sessions.report(session, outcome="started"))
-        self.outgoing.spool(
-            {
-                "type": "session_activity",
-                "session_id": session.session_id,
-                "state": state["activity"],
-                "reason": state["reason"],
-                "signal": state["signal"],
-                "since": state["since"],
-                "progress": progress,
-                "signals": explain(profile, state, now),
-            }
-        )
+            begun = self.sessions.report(session, outcome="started")
+            self.sessions.store.save(session, begun, frame, begun=True)
+            self.outgoing.wake.set()
+        else:
+            self.outgoing.spool(frame)
+        self._told[session.session_id] = *news, progress
 
-    def _begins(self, session):
+    @staticmethod
+    def _by_wall(source):
+        return source if source["at"] is None else {**source, "at": wall_time(source["at"])}
+
+    @staticmethod
+    def _begins(session):
         """Whether this is the first that is seen of the work on its task."""
-        if session.task_id is None or session.begun or session.ends_task:
-            return False
-        session.begun = True
-        self.sessions.store.save(session)
-        return True
+        return not (session.task_id is None or session.begun or session.ends_task)
 
     def look(self, panes, now):
         """Look at the titles and screens of all live sessions; returns {session id: dialog} of
@@ -3552,7 +3729,7 @@ class Activities:
         if self._sizes.get(session.session_id) != size:
             self._sizes[session.session_id] = size
             if not self.profile(session).get("hooks"):
-                self._progress[session.session_id] = time.time()
+                self._progress[session.session_id] = time.monotonic()
 
 
 # ---------------------------------------------------------------------------- permissions
@@ -3572,14 +3749,14 @@ class Request:
     fingerprint: str | None = None
     spool: int = 0
     held: bool = False  # a hook client waits right now
-    since: float = 0.0
-    left: float = 0.0  # when the last hook client has left
+    since: float = dataclasses.field(default_factory=time.monotonic)  # first known here
+    left: float = dataclasses.field(default_factory=time.monotonic)  # by its last hook client
     answer: dict | None = None
     passing: bool = False  # the answer is on its way to the hook client
     changed: threading.Event = dataclasses.field(default_factory=threading.Event, repr=False)
 
     def row(self):
-        shown = ("request_id", "session_id", "via", "tool", "asks", "mark", "fingerprint", "since")
+        shown = ("request_id", "session_id", "via", "tool", "asks", "mark", "fingerprint")
         return {name: getattr(self, name) for name in (*shown, "answer", "passing")}
 
 
@@ -3590,18 +3767,31 @@ class Rules:
         self.store = store
         self.path = state_dir / "rules.json"
         self.engine = None
-        self.kept = store.get("rules") or {}
-        self._load()
+        self.kept = {}
+        self._use(store.get("rules") or {})
 
     def take(self, kept):
-        self.store.put("rules", kept)
-        self.kept = kept
-        self._load()
+        """Use these from now on; the ones before stay in use if they cannot be."""
+        if self._use(kept):
+            self.store.owed.do(self._keep)
 
-    def _load(self):
+    def _use(self, kept):
+        try:
+            engine = engine_of(kept) if kept.get("engine") else self.engine
+        except Exception as error:  # of the hub's text, made for another Python perhaps
+            log.error("the rules cannot be used here: %s", printable(error))
+            return False
+        self.kept, self.engine = kept, engine
+        self.store.owed.do(self._write)
+        return True
+
+    def _keep(self):
+        self.store.put("rules", self.kept)
+
+    def _write(self):
+        """For hooks while we are away."""
         if self.kept.get("engine"):
-            write_private(self.path, json.dumps(self.kept))  # for hooks while we are away
-            self.engine = engine_of(self.kept)
+            write_changed(self.path, json.dumps(self.kept))
 
     @property
     def etag(self):
@@ -3664,17 +3854,28 @@ class Requests:
         self.acked = threading.Condition()
         self.upto = 0
         for row in store.get("requests", []):
-            self.open[row["request_id"]] = Request(**row, left=time.time())
+            row.pop("since", None)  # of an older version, by the clock on the wall
+            self.open[row["request_id"]] = Request(**known_fields(Request, row))
 
     def recover(self):
         """Take up what the last run left: an answer that was being passed on may have arrived."""
         for request in [r for r in self.open.values() if r.passing]:
             why = "the agent ended while the answer was passed on"
-            self.tell(request.request_id, request.session_id, "delivery_unknown", why)
-            self.close(request)
+            self.store.owed.do(self.close, request, "delivery_unknown", why)
 
     def _save(self):
         self.store.put("requests", [request.row() for request in self.open.values()])
+
+    def _drop(self, request, *frames):
+        """Nobody waits for it any more, of which the hub is told so."""
+        with self.lock:
+            if request.request_id not in self.open:
+                return
+            left = [other.row() for other in self.open.values() if other is not request]
+            self.store.put("requests", left, *frames)
+            del self.open[request.request_id]
+            self._seen.pop(request.session_id, None)
+        self.outgoing.wake.set()
 
     def spool_acked(self, upto):
         with self.acked:
@@ -3690,13 +3891,15 @@ class Requests:
             return None
         rule = verdict.get("rule") or {}
         said = {"decision": "deny", "rule_id": rule.get("id"), "because": verdict["because"]}
-        self._say(session, str(uuid.uuid4()), "hook", payload, said)
+        frame = self._asked(session, str(uuid.uuid4()), "hook", payload, said)
+        self.store.owed.do(self.outgoing.spool, frame)
         return said
 
     def _call(self, session, payload):
         return call_of(session.session_id, self.activities.profile(session), payload)
 
-    def _say(self, session, request_id, via, payload, said=()):
+    @staticmethod
+    def _asked(session, request_id, via, payload, said=()):
         frame = {
             "type": "permission_requested",
             "request_id": request_id,
@@ -3711,9 +3914,7 @@ class Requests:
         }
         if payload.get("subject"):
             frame["subject"] = payload["subject"]
-        n = self.outgoing.store.spool(frame)
-        self.outgoing.wake.set()
-        return n
+        return frame
 
     def ask(self, session, request_id, payload, gone, holds):
         """Have a request answered: {decision, message}, or None to leave it to the terminal.
@@ -3740,13 +3941,12 @@ class Requests:
                 self._save()
             return answer
         finally:
-            request.held, request.left = False, time.time()
+            request.held, request.left = False, time.monotonic()
 
     def _begin(self, session, request_id, via, payload, fingerprint=None):
-        """A request that the hub has been told of; None while it is away."""
+        """A request that the hub has been told of; None while it is away, or the disk is full."""
         if not self.is_connected():
             return None
-        n = self._say(session, request_id, via, payload)
         request = Request(
             request_id,
             session.session_id,
@@ -3755,11 +3955,16 @@ class Requests:
             payload.get("asks", "permission"),
             call_mark(payload) if via == "hook" else None,
             fingerprint,
-            n,
-            since=time.time(),
         )
+        rows = [other.row() for other in self.open.values()] + [request.row()]
+        try:
+            asked = self._asked(session, request_id, via, payload)
+            request.spool = self.store.put("requests", rows, asked)
+        except sqlite3.OperationalError as error:
+            log.error("a request is left to its terminal: %s", error)
+            return None
         self.open[request_id] = request
-        self._save()
+        self.outgoing.wake.set()
         return request
 
     def _hold(self, session, request, gone, holds):
@@ -3792,19 +3997,8 @@ class Requests:
 
     def end(self, request, where):
         """Nobody here waits for the answer any more."""
-        with self.lock:
-            if self.open.pop(request.request_id, None) is None:
-                return
-            self._seen.pop(request.session_id, None)
-            self._save()
-        self.outgoing.spool(
-            {
-                "type": "permission_ended",
-                "request_id": request.request_id,
-                "session_id": request.session_id,
-                "where": where,
-            }
-        )
+        ended = {"type": "permission_ended", "request_id": request.request_id}
+        self._drop(request, {**ended, "session_id": request.session_id, "where": where})
         request.changed.set()
 
     def settled(self, session_id, payload=None, where="in the terminal"):
@@ -3814,18 +4008,17 @@ class Requests:
             if request.session_id != session_id or request.answer is not None:
                 continue
             if payload is None or (request.mark and is_same_call(request.mark, call_mark(payload))):
-                self.end(request, where)
+                self.store.owed.do(self.end, request, where)
 
     # -- by screen
 
     def abandoned(self):
         """Requests whose hook client has not come back, and that have an answer: it is given by
         key, if the dialog is there."""
-        late = time.time() - HOOK_BACK_S
+        late = time.monotonic() - HOOK_BACK_S
         with self.lock:
-            left = [
-                r for r in self.open.values() if r.via == "hook" and not r.held and r.left < late
-            ]
+            left = [r for r in self.open.values() if r.via == "hook" and not (r.held or r.passing)]
+            left = [r for r in left if r.left < late]
             for request in left:
                 request.via = "screen"
             if left:
@@ -3836,7 +4029,7 @@ class Requests:
         """Compare the dialogs that are shown with the requests that are open."""
         for session in self.sessions.live():
             dialog = dialogs.get(session.session_id)
-            mark, now = dialog and dialog["fingerprint"], time.time()
+            mark, now = dialog and dialog["fingerprint"], time.monotonic()
             before, since = self._seen.get(session.session_id, (None, now))
             if mark != before:
                 since = now
@@ -3852,7 +4045,7 @@ class Requests:
             if request.fingerprint is None and dialog:
                 request.fingerprint = mark  # a hook announced what is now shown
                 self._save()
-            elif request.fingerprint != mark and time.time() - request.since > 2:
+            elif request.fingerprint != mark and time.monotonic() - request.since > 2:
                 self.end(request, "in the terminal")
         if not dialog or dialog["kind"] not in ASKED or self._is_known(ours, mark):
             return
@@ -3897,24 +4090,17 @@ class Requests:
                 return request
             request.changed.set()
 
-    def close(self, request):
-        """Its answer was given, or cannot be."""
-        with self.lock:
-            self._seen.pop(request.session_id, None)
-            self.open.pop(request.request_id, None)
-            self._save()
-
-    def tell(self, request_id, session_id, kind, why=None):
-        self.outgoing.spool(
-            {
-                "type": "agent_event",
-                "kind": kind,
-                "command": "permission_answer",
-                "request_id": request_id,
-                "session_id": session_id,
-                "why": why,
-            }
-        )
+    def close(self, request, kind=None, why=None):
+        """Its answer was given, or cannot be: the hub is told which."""
+        said = {
+            "type": "agent_event",
+            "kind": kind,
+            "command": "permission_answer",
+            "request_id": request.request_id,
+            "session_id": request.session_id,
+            "why": why,
+        }
+        self._drop(request, *([said] if kind else []))
 
     def press(self, request):
         """Give the answer by the key that the dialog on the screen takes. Raises AgentError."""
@@ -3968,7 +4154,8 @@ class HookServer:
         threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection):
-        with connection, contextlib.suppress(OSError, ValueError):
+        # Of a store that refuses the client knows nothing: it comes back.
+        with connection, contextlib.suppress(OSError, ValueError, sqlite3.OperationalError):
             connection.settimeout(10)
             asked = json.loads(read_line(connection, self.LINE_MOST))
             said, was_passed_on = self.answer(asked, lambda: has_ended(connection))
@@ -4050,7 +4237,7 @@ def run_hook(directory, launch, event):
         said = ask_agent(directory.parent.parent, asked)
         if said is None:
             said = judge_alone(directory.parent.parent, asked, ours)
-    except (OSError, ValueError):
+    except Exception:
         return 0
     print_answer(ours, event, said, payload)
     return 0
@@ -4192,6 +4379,7 @@ class Mail:
         self.lock = threading.Lock()
         self.waiting = collections.defaultdict(list)  # session id: frames
         self.hands = {}  # session id: when a person typed last what is not sent yet (monotonic)
+        self._again_at = -math.inf  # after a write that was refused
 
     def put(self, frame):
         """Keep it until it can be said; LATER, unless it need not be."""
@@ -4215,7 +4403,7 @@ class Mail:
         for session_id in [s for s in list(self.hands) if s not in self.agent.sessions.all]:
             self.hands.pop(session_id, None)
         for session_id in list(self.waiting):
-            if self._due(session_id):
+            if time.monotonic() >= self._again_at and self._due(session_id):
                 self._try(session_id)
 
     def _try(self, session_id):
@@ -4226,12 +4414,28 @@ class Mail:
     def deliver(self, session_id):
         """Say what can be said now, in order."""
         while frame := self._due(session_id):
-            with self.lock:
-                self.waiting[session_id].remove(frame)
-                if not self.waiting[session_id]:
-                    del self.waiting[session_id]
             if not self._say(frame):
                 return
+
+    def _begin(self, frame):
+        """From here on it counts as said; what the store refuses goes on waiting."""
+        try:
+            self.agent.store.begin(frame["epoch"], frame["id"])
+        except sqlite3.OperationalError:
+            self._again_at = time.monotonic() + 1
+            raise
+        with self.lock:
+            self.waiting[frame["session_id"]].remove(frame)
+            if not self.waiting[frame["session_id"]]:
+                del self.waiting[frame["session_id"]]
+
+    def _wait_again(self, frame):
+        """Nothing was typed. If that cannot be written, a crash leaves it unknown: better not
+        typed than typed twice."""
+        with self.lock:
+            self.waiting[frame["session_id"]].insert(0, frame)
+        with contextlib.suppress(sqlite3.OperationalError):
+            self.agent.store.put_back(frame["epoch"], frame["id"])
 
     def _due(self, session_id):
         """The first frame whose moment has come."""
@@ -4267,7 +4471,7 @@ class Mail:
         state = self.agent.activities.states.get(session.session_id)
         if not self._knows_idle(session):
             return False
-        return state is None or time.time() - state["began"] < HOOKS_EXPECTED_S
+        return state is None or time.monotonic() - state["began"] < HOOKS_EXPECTED_S
 
     def _knows_idle(self, session):
         """Whether it would be seen that the session's agent has nothing to do."""
@@ -4276,8 +4480,8 @@ class Mail:
     def _say(self, frame):
         """Type it; False when it must wait. A crash from here on leaves it unknown, never
         repeated."""
-        agent = self.agent
-        agent.store.begin(frame["epoch"], frame["id"])
+        agent, said = self.agent, []
+        self._begin(frame)
         session = agent.sessions.all.get(frame["session_id"])
         try:
             if session is None:
@@ -4289,22 +4493,22 @@ class Mail:
                 frame["session_id"], words_of(frame) if profile.get("text") else notice(frame)
             )
             agent.activities.signal(session, "typed", by="hub")
-            self._typed(frame)
+            said = self._typed(frame)
         except DialogOpen:  # seen only now
-            agent.store.put_back(frame["epoch"], frame["id"])
-            with self.lock:
-                self.waiting[frame["session_id"]].insert(0, frame)
+            self._wait_again(frame)
             return False
         except AgentError as error:
-            agent._not_delivered(frame, "not_delivered", str(error))
-        self._done(frame)
+            said = [agent.undelivered(frame, "not_delivered", str(error))]
+        agent.store.owed.do(agent.done, frame, *said)
         return True
 
-    def _typed(self, frame):
-        if frame.get("intervention_id"):
-            said = {"type": "agent_event", "kind": "typed", "command": frame["type"]}
-            said |= {name: frame.get(name) for name in ("session_id", "intervention_id")}
-            self.agent.outgoing.spool(said)
+    @staticmethod
+    def _typed(frame):
+        """What is said of it."""
+        if not frame.get("intervention_id"):
+            return []
+        said = {"type": "agent_event", "kind": "typed", "command": frame["type"]}
+        return [said | {name: frame.get(name) for name in ("session_id", "intervention_id")}]
 
     def _interrupt(self, session, profile):
         """Have the agent stop what it does, so that it reads what comes."""
@@ -4318,9 +4522,6 @@ class Mail:
             if self.agent.activities.of(session.session_id) != "working":
                 return
             time.sleep(0.05)
-
-    def _done(self, frame):
-        self.agent.store.done(frame["epoch"], frame["id"])
 
 
 DETECT_AGAIN_S = 600  # somebody may have installed a coding agent meanwhile
@@ -4400,9 +4601,13 @@ class Lanes:
                         del self._lanes[name], self._undone[name]
                         return
                 continue
-            self._carry_out(frame)
-            with self._lock:
-                self._undone[name] -= 1
+            try:
+                self._carry_out(frame)
+            except sqlite3.OperationalError as error:  # whoever has put it here does so again
+                log.error("a frame of type %s: %s; trying again", frame["type"], error)
+            finally:
+                with self._lock:
+                    self._undone[name] -= 1
 
 
 def terminals_of(config, settings, ptys):
@@ -4444,6 +4649,7 @@ class Agent:
         self.profiles_changed = threading.Event()
         self._look_at = 0.0
         self.commands = queue.SimpleQueue()  # frames with the epoch they came in
+        self._refused = None  # the command that the store has refused: it is the next one
         self.lanes = Lanes(lambda frame: self._carry_out(self.MOMENTS, frame))
         self.connection = 0
         self.syncs = self.store.get("syncs", 0)  # made so far, with this state directory
@@ -4457,12 +4663,16 @@ class Agent:
         self.requests.recover()
         for epoch, frame, begun in self.store.unfinished():
             if begun:
-                self._not_delivered(frame, "delivery_unknown", "the agent ended while typing")
-                if request := self.requests.open.get(frame.get("request_id")):
-                    self.requests.close(request)
-                self.store.done(epoch, frame["id"])
+                self.store.owed.do(self._give_up, {**frame, "epoch": epoch})
             else:
                 self.commands.put({**frame, "epoch": epoch})
+
+    def _give_up(self, frame):
+        """What was being typed when the last run ended is not typed again."""
+        if request := self.requests.open.get(frame.get("request_id")):
+            self.requests.close(request)
+        why = "the agent ended while typing"
+        self.done(frame, self.undelivered(frame, "delivery_unknown", why))
 
     # -- for the carrier
 
@@ -4517,20 +4727,31 @@ class Agent:
         }
 
     def received(self, frames):
-        """Take the hub's frames: commands are on the disk before they are acknowledged."""
+        """Take the hub's frames: commands are on the disk before they are acknowledged. What the
+        disk refuses is not acknowledged: the hub says it again, and the connection stays."""
         commands = []
         for frame in frames:
             if "id" in frame:
                 commands.append(frame)
             elif frame.get("type") in self.AT_ONCE:
-                self._carry_out(self.AT_ONCE, frame)
+                self._take(self._carry_out, self.AT_ONCE, frame)
             elif not self._typed_at_once(frame):
                 self.lanes.put({**frame, "connection": self.connection})
         if commands:
-            new = self.store.receive(self.epoch, commands)
-            self.outgoing.acknowledge([frame["id"] for frame in commands])
-            for frame in new:
-                self.commands.put({**frame, "epoch": self.epoch})
+            self._take(self._receive, commands)
+
+    @staticmethod
+    def _take(deed, *arguments):
+        try:
+            deed(*arguments)
+        except sqlite3.OperationalError as error:
+            log.error("what the hub says cannot be written down yet: %s", error)
+
+    def _receive(self, commands):
+        new = self.store.receive(self.epoch, commands)
+        self.outgoing.acknowledge([frame["id"] for frame in commands])
+        for frame in new:
+            self.commands.put({**frame, "epoch": self.epoch})
 
     def _typed_at_once(self, frame):
         """Whether it was a keystroke that could be passed on right here: on a busy machine every
@@ -4558,13 +4779,20 @@ class Agent:
     # -- steps of threads
 
     def run_command(self):
-        frame = self.commands.get()
+        """Carry out the next command; one that the store has refused again, as after a crash,
+        before any that came after it."""
+        frame, self._refused = self._refused or self.commands.get(), None
         try:
             if self._carry_out(self.COMMANDS, frame) is not LATER:
-                self.store.done(frame["epoch"], frame["id"])
-        except sqlite3.OperationalError:  # again, as after a crash, when there is room
-            self.commands.put(frame)
+                self.store.owed.do(self.done, frame)
+        except sqlite3.OperationalError:
+            self._refused = frame
             raise
+
+    def done(self, frame, *frames):
+        """The command is carried out, of which this is to be said."""
+        self.store.done(frame["epoch"], frame["id"], *frames)
+        self.outgoing.wake.set()
 
     def serve_hooks(self):
         self.hooks.step()
@@ -4574,7 +4802,7 @@ class Agent:
         found = detect(self.sessions.profiles, self.settings.detect_s)
         if found != self.installed:
             self.installed = found
-            self.store.put("installed", found)
+            self.store.owed.do(self.store.put, "installed", found)
             self.outgoing.say({"type": "capabilities", "capabilities": self._capabilities()})
         self.profiles_changed.wait(DETECT_AGAIN_S)
         self.profiles_changed.clear()
@@ -4584,6 +4812,7 @@ class Agent:
 
     def watch(self):
         now = time.monotonic()
+        self.store.owed.settle(now)
         self.sessions.look(now)
         self.sessions.release_logs(now)
         if now >= self._look_at:
@@ -4662,12 +4891,10 @@ class Agent:
         request = self.requests.open.get(asked["request_id"])
         if request is None:
             return
-        self.requests.close(request)
-        if arrived:
-            self.requests.tell(request.request_id, session.session_id, "delivered")
-        else:
-            why = "the hook ended while the answer was passed on"
-            self.requests.tell(request.request_id, session.session_id, "delivery_unknown", why)
+        how = ("delivered",)
+        if not arrived:
+            how = "delivery_unknown", "the hook ended while the answer was passed on"
+        self.store.owed.do(self.requests.close, request, *how)
         use = asked["payload"].get("tool_use_id")
         self.activities.signal(session, "decided", request_id=request.request_id, tool_use_id=use)
 
@@ -4688,14 +4915,17 @@ class Agent:
 
     def _take_profiles(self, frame):
         if isinstance(frame.get("profiles"), dict):
-            self.store.put("profiles", frame["profiles"])
             self.sessions.profiles = parse_profiles(frame["profiles"])
-            self.store.put("profiles_etag", frame.get("profiles_etag"))
             self.profiles_changed.set()
+            self.store.owed.do(self._keep_profiles, frame["profiles"], frame.get("profiles_etag"))
+
+    def _keep_profiles(self, texts, etag):
+        self.store.put("profiles", texts)
+        self.store.put("profiles_etag", etag)
 
     def _spool_ack(self, frame):
-        self.store.trim_spool(frame["upto"])
         self.requests.spool_acked(frame["upto"])
+        self.store.trim_spool(frame["upto"])
         self.sessions.sweep_all()
 
     def _log_ack(self, frame):
@@ -4750,23 +4980,30 @@ class Agent:
             self.lanes.put({**frame, "type": "press"})
             return LATER
         except AgentError as error:
-            self._not_delivered(frame, "not_delivered", str(error))
+            self.outgoing.spool(self.undelivered(frame, "not_delivered", str(error)))
 
     def _press(self, frame):
-        request, left = self.requests.open.get(frame["request_id"]), None
+        request, why = self.requests.open.get(frame["request_id"]), "it could not be given"
         try:
             if request is None:
                 raise AgentError("nobody waits for it any more")
             self.requests.press(request)
-            self.requests.tell(request.request_id, request.session_id, "delivered")
-            left = self._say_why(frame)
+            why = None
         except AgentError as error:
-            self._not_delivered({**frame, "type": "permission_answer"}, "not_delivered", str(error))
+            why = str(error)
         finally:
+            self.store.owed.do(self._pressed, frame, request, why)
+
+    def _pressed(self, frame, request, why):
+        """What is said of a key that was pressed, or why it was not."""
+        if why is not None:
             if request is not None:
                 self.requests.close(request)
-            if left is not LATER:
-                self.store.done(frame["epoch"], frame["id"])
+            answer = {**frame, "type": "permission_answer"}
+            return self.done(frame, self.undelivered(answer, "not_delivered", why))
+        self.requests.close(request, "delivered")
+        if self._say_why(frame) is not LATER:
+            self.done(frame)
 
     def _say_why(self, frame):
         """Have the reason of a denial typed, since its key says none; LATER if it will be."""
@@ -4780,21 +5017,21 @@ class Agent:
     def _rules_changed(self, frame):
         self.rules.take(frame["rules"])
 
-    def _not_delivered(self, frame, kind, why):
+    @staticmethod
+    def undelivered(frame, kind, why):
+        """What the hub is told of words that were not typed, or perhaps not."""
         log.warning("the notice of %s was not typed: %s", frame["type"], why)
-        self.outgoing.spool(
-            {
-                "type": "agent_event",
-                "kind": kind,
-                "command_id": frame["id"],
-                "command": frame["type"],
-                "session_id": frame.get("session_id"),
-                "task_id": frame.get("task_id") or (frame.get("task") or {}).get("id"),
-                "intervention_id": frame.get("intervention_id"),
-                "request_id": frame.get("request_id"),
-                "why": why,
-            }
-        )
+        return {
+            "type": "agent_event",
+            "kind": kind,
+            "command_id": frame["id"],
+            "command": frame["type"],
+            "session_id": frame.get("session_id"),
+            "task_id": frame.get("task_id") or (frame.get("task") or {}).get("id"),
+            "intervention_id": frame.get("intervention_id"),
+            "request_id": frame.get("request_id"),
+            "why": why,
+        }
 
     def _session_close(self, frame):
         session = self.sessions.all.get(frame["session_id"])
@@ -5568,7 +5805,11 @@ class Doctor:
         if answer.status_code != 200:
             do = "Check hub_url: a redirect or a login page of a proxy is not followed."
             return self.say("hub", "bad", f"{url} answers {answer.status_code}.", do)
-        version = answer.json().get("version")
+        try:
+            version = answer.json()["version"]
+        except (ValueError, TypeError, KeyError):
+            do = "Check hub_url: a proxy or a login page answers there in the hub's place."
+            return self.say("hub", "bad", f"What answers at {url} is not a hub.", do)
         do = "" if version == VERSION else "Upgrade with the hub's install.sh."
         says = f"{url} has {version}, this agent {VERSION}."
         self.say("hub", "warn" if do else "ok", says, do)
@@ -5633,10 +5874,16 @@ class PrivateLog(logging.handlers.RotatingFileHandler):
     def _open(self):
         return open(self.baseFilename, "a", encoding="utf-8", opener=open_private)
 
+    def handleError(self, record):
+        """A full disk is no trouble of its own: the terminal and the hub are told of it."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
 
 def log_to(state_dir, verbose=False, terminal=True):
     form = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
-    handlers = [PrivateLog(state_dir / "agent.log", maxBytes=KB * KB, backupCount=3)]
+    path = state_dir / "agent.log"
+    handlers = [PrivateLog(path, maxBytes=KB * KB, backupCount=3, delay=True)]
     if terminal:
         handlers.append(logging.StreamHandler())
     for handler in handlers:
@@ -5654,9 +5901,11 @@ def hold(state_dir):
                 f"An agent already runs with the state directory {state_dir}: stop that one "
                 "first (--stop), or give this one its own --config and --state."
             )
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        try:
+            os.truncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"{os.getpid()}\n".encode())
+        except OSError as error:  # the lock holds all the same; --stop will not know whom
+            print(f"agent.py: {lock.name} cannot be written: {error.strerror}", file=sys.stderr)
         yield
 
 

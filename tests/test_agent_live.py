@@ -2,11 +2,13 @@
 of a few lines in place of the network."""
 
 import base64
+import contextlib
 import itertools
 import os
 import re
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -786,8 +788,18 @@ def test_a_plain_session_gets_its_environment_from_a_private_file(plain):
     assert run.stat().st_mode & 0o777 == 0o600
 
 
+def hide_tmux(monkeypatch):
+    """Others, who may take the function for themselves while it is changed, find what they want."""
+    which = shutil.which
+
+    def hidden(name, *more, **options):
+        return None if name == "tmux" else which(name, *more, **options)
+
+    monkeypatch.setattr(shutil, "which", hidden)
+
+
 def test_without_tmux_it_is_said_once(make, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(agent_module.shutil, "which", lambda name: None)
+    hide_tmux(monkeypatch)
     with caplog.at_level("WARNING"):
         rig = make()
     assert caplog.text.count("Install tmux") == 1
@@ -806,6 +818,353 @@ def test_a_tmux_session_goes_on_when_new_ones_are_plain(make):
         rig.watch(session_id)
         rig.key(session_id, b"hello\r")
         until(lambda s=session_id: rig.live(s).count(b"hello") >= 2)
+
+
+# ---------------------------------------------------------------------------- a full disk
+
+
+OWN = """
+start: shell
+hooks: [{event: Go, state: working}, {event: Stop, state: idle}]
+"""
+
+
+class Still(Rig):
+    """An agent without threads of its own: the test takes each step."""
+
+    def begin(self):
+        self.stop = threading.Event()
+        self.stop.set()  # no step waits
+        self.agent = Agent(self.config, self.folder, settings_of(self.config), self.stop)
+        self.agent.recover()
+        self.loops = []
+        self.connect()
+        self.store, self.sessions = self.agent.store, self.agent.sessions
+        command = Path(agent_module.__file__).with_name("profiles") / "command.yaml"
+        profiles = {"command": command.read_text(), "own": OWN}
+        self.command("profiles_changed", profiles=profiles)
+        self.agent.run_command()
+
+    def command(self, kind, **fields):
+        frame = {"type": kind, "id": next(self.ids), **fields}
+        self.agent.received([frame])
+        return frame["id"]
+
+    def order(self, *command, **fields):
+        """A session_start that is written down; the id of the session."""
+        session_id = str(uuid.uuid4())
+        order = {"session_id": session_id, "command": list(command), "profile": None}
+        order |= {"working_directory": str(self.folder), **fields}
+        self.command("session_start", **order)
+        return session_id
+
+    def start(self, *command, **fields):
+        session_id = self.order(*command, **fields)
+        self.agent.run_command()
+        assert self.told("session_started", session_id)
+        return self.sessions.all[session_id]
+
+    def told(self, kind, session_id=None):
+        """What waits on the disk to be told."""
+        frames = self.store.spooled_after(0)
+        return [f for f in frames if f["type"] == kind and f.get("session_id") == session_id]
+
+    def pane(self, session):
+        return self.sessions.panes()[session.tmux_name]
+
+
+@pytest.fixture
+def still(tmp_path):
+    rig = Still(tmp_path / "still")
+    yield rig
+    for session in list(rig.agent.sessions.all.values()):
+        rig.agent.sessions.terminal(session).kill_session(session.tmux_name)
+    rig.agent.store.close()
+    rig.tmux("kill-server")
+
+
+@contextlib.contextmanager
+def refusing(store):
+    """The store takes nothing, as when the disk is full."""
+    store._rows("PRAGMA query_only = 1")
+    try:
+        yield
+    finally:
+        store._rows("PRAGMA query_only = 0")
+
+
+@contextlib.contextmanager
+def refusing_rows(store, text):
+    """The store takes no session that is written with these words."""
+    store._db.create_function("refuse", 0, lambda: 1 / 0)
+    store._rows(
+        "CREATE TEMP TRIGGER refusing BEFORE INSERT ON session"
+        f" WHEN instr(new.row, '{text}') BEGIN SELECT refuse(); END"
+    )
+    try:
+        yield
+    finally:
+        store._rows("DROP TRIGGER refusing")
+
+
+def test_an_end_that_is_refused_is_told_when_there_is_room(still):
+    session = still.start("sh", "-c", "exit 7", profile="command", task_id="t", attempt=1)
+    until(lambda: still.pane(session).dead)
+    with refusing(still.store):
+        with pytest.raises(sqlite3.OperationalError):
+            until(lambda: still.sessions.look(time.monotonic()))
+        assert (session.state, session.exit_code, session.closed_spool) == ("live", None, None)
+        assert still.sessions.log_path(session).exists()
+    still.sessions.look(time.monotonic())
+    assert session.state == "ended"
+    [closed] = still.told("session_closed", session.session_id)
+    assert (closed["exit_code"], closed["spool"]) == (7, session.closed_spool)
+    outcomes = [r["outcome"] for r in still.told("task_report", session.session_id)]
+    assert outcomes == ["started", "fail"]
+
+
+def test_a_session_whose_end_is_refused_holds_up_no_other(still):
+    """It is closed, and killed, all the same."""
+    first, second = still.start("sh", "-c", "read x"), still.start("sleep", "1000")
+    still.sessions.close(second, force=True)
+    still.tmux("kill-session", "-t", first.tmux_name)
+    with refusing(still.store):
+        for _ in range(2):
+            with pytest.raises(sqlite3.OperationalError):
+                still.sessions.look(time.monotonic())
+        until(lambda: still.pane(second).dead or not agent_module.signal_programs(second.pid, 0))
+
+
+def test_a_start_that_is_refused_in_the_middle_goes_on(still):
+    order = {"profile": "command", "task_id": "t", "attempt": 1}
+    with refusing_rows(still.store, '"state": "live"'):
+        session_id = still.order("sh", "-c", "echo hello; exec sleep 1000", **order)
+        with pytest.raises(sqlite3.OperationalError):
+            still.agent.run_command()
+        assert not still.told("session_started", session_id)
+    pid = still.pane(still.sessions.all[session_id]).pid
+    still.agent.run_command()
+    assert [f["pid"] for f in still.told("session_started", session_id)] == [pid]
+    assert [r["outcome"] for r in still.told("task_report", session_id)] == ["started"]
+    session = still.sessions.all[session_id]
+    assert (session.state, session.pid) == ("live", pid)
+    assert len(still.tmux("list-sessions").splitlines()) == 1
+    until(lambda: still.sessions.log_size(session))
+    [block] = still.agent.outgoing.logs.take(time.monotonic())
+    assert base64.b64decode(block["data"]) == b"hello\r\n"
+    assert not still.store.unfinished()
+
+
+def test_a_refused_command_comes_before_those_behind_it(still):
+    session_id = still.order("sleep", "1000")
+    still.command("session_close", session_id=session_id, force=True)
+    with refusing(still.store):
+        for _ in range(3):
+            with pytest.raises(sqlite3.OperationalError):
+                still.agent.run_command()
+    still.agent.run_command()
+    still.agent.run_command()
+    assert still.sessions.all[session_id].closing
+    assert not still.store.unfinished()
+
+
+def test_a_command_whose_mark_is_refused_is_not_carried_out_again(still):
+    session_id = still.order("sleep", "1000")
+    done = "CREATE TEMP TRIGGER refusing BEFORE UPDATE ON journal BEGIN SELECT refuse(); END"
+    still.store._db.create_function("refuse", 0, lambda: 1 / 0)
+    still.store._rows(done)
+    still.agent.run_command()
+    assert still.store.unfinished() and len(still.told("session_started", session_id)) == 1
+    still.store._rows("DROP TRIGGER refusing")
+    still.agent.watch()
+    assert not still.store.unfinished() and len(still.told("session_started", session_id)) == 1
+
+
+def test_a_tmux_that_cannot_be_started_leaves_no_session(still, tmp_path, monkeypatch):
+    session_id = still.order("sleep", "1000")
+    broken = tmp_path / "tmux"
+    broken.write_bytes(b"\0")
+    broken.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        still.agent.run_command()
+    [error] = still.told("session_error", session_id)
+    assert error["error"].startswith("tmux could not be started")
+    assert not still.sessions.all and not still.store.sessions()
+
+
+def test_work_that_began_while_nothing_could_be_written_is_told(still):
+    session = still.start("cat", profile="own", task_id="t", attempt=1)
+    activities = still.agent.activities
+    with refusing(still.store):
+        activities.signal(session, "hook", event="Go")
+        assert not session.begun
+    activities.signal(session, "tick")
+    assert [r["outcome"] for r in still.told("task_report", session.session_id)] == ["started"]
+    [told] = still.told("session_activity", session.session_id)
+    assert (told["state"], session.begun) == ("working", True)
+    activities.signal(session, "tick")
+    assert len(still.told("session_activity", session.session_id)) == 1
+
+
+def test_a_request_that_was_settled_is_told_so_when_there_is_room(still):
+    session, requests = still.start("cat"), still.agent.requests
+    still.agent.is_connected = lambda: True
+    asked, refused = str(uuid.uuid4()), str(uuid.uuid4())
+    assert requests._begin(session, asked, "screen", {"tool_name": "Bash"})
+    with refusing(still.store):
+        assert requests._begin(session, refused, "screen", {"tool_name": "Bash"}) is None
+        requests.settled(session.session_id)
+        assert set(requests.open) == {asked}
+    still.agent.watch()
+    [ended] = still.told("permission_ended", session.session_id)
+    assert ended["request_id"] == asked
+    assert not requests.open and still.store.get("requests") == []
+
+
+def test_a_gap_is_written_down_before_the_recording_goes_on(still):
+    session = still.start("cat")
+    still.tmux("pipe-pane", "-t", f"={session.tmux_name}:")
+    with refusing(still.store), pytest.raises(sqlite3.OperationalError):
+        still.sessions.look(time.monotonic())
+    assert not still.pane(session).piped
+    still.sessions.look(time.monotonic())
+    assert still.told("session_gap", session.session_id) and still.pane(session).piped
+
+
+def test_output_is_not_given_up_before_that_is_written_down(still):
+    session = still.start("cat")
+    with refusing(still.store), pytest.raises(sqlite3.OperationalError):
+        still.sessions._release(session, 4096)
+    assert session.log_start == 0
+    still.sessions._release(session, 4096)
+    assert session.log_start == 4096 == still.store.sessions()[0].log_start
+
+
+def test_what_cannot_be_written_down_is_not_acknowledged_and_the_rest_is_done(still):
+    path = still.folder / "typed"
+    session = still.start(sys.executable, "-c", READER, str(path), "")
+    until(lambda: "ready" in "".join(screen(still, session.session_id)))
+    one = {"type": "session_close", "id": next(still.ids), "session_id": "none"}
+    entry = {"session_id": session.session_id, "action": "keep", "log_acked": 2}
+    still.agent.outgoing.take(time.monotonic())
+    with refusing(still.store):
+        still.agent.received(
+            [
+                {"type": "spool_ack", "upto": 1},
+                {"type": "sync_ok", "sessions": [entry], "profiles": {"own": OWN}},
+                {**entry, "type": "session_input", "data": base64.b64encode(b"key").decode()},
+                one,
+            ]
+        )
+        until(lambda: path.read_bytes() == b"key")
+        assert still.agent.outgoing.logs.acked(session.session_id) == 2
+        assert set(still.sessions.profiles) == {"own"}
+        assert still.store.spool_first() == 1
+    kinds = [frame["type"] for frame in still.agent.outgoing.take_urgent()]
+    assert "ack" not in kinds
+    still.agent.watch()
+    assert set(still.store.get("profiles")) == {"own"}
+    still.agent.received([{"type": "spool_ack", "upto": 1}, one])
+    assert {"type": "ack", "ids": [one["id"]]} in still.agent.outgoing.take_urgent()
+    assert still.store.spool_first() == 2
+
+
+def notes(path):
+    return path.read_bytes().count(b"There is a note on your task.")
+
+
+def note(rig, session_id):
+    ids = {"session_id": session_id, "task_id": str(uuid.uuid4())}
+    rig.agent.received([{"type": "task_note", "id": next(rig.ids), **ids}])
+
+
+def test_words_that_cannot_be_begun_wait_and_keys_go_on(rig, monkeypatch, caplog):
+    monkeypatch.setattr(agent_module.Mail, "HANDS_S", 0.5)
+    session_id, path = rig.reader()
+    rig.key(session_id, b"x")
+    note(rig, session_id)
+    until(lambda: rig.agent.mail.waiting.get(session_id))
+    with refusing(rig.agent.store):
+        until(lambda: "a frame of type mail" in caplog.text)
+        assert rig.agent.mail.waiting.get(session_id)
+        rig.key(session_id, b"y")
+        rig.say("session_type", session_id, request_id="r", text="typed")
+        until(lambda: path.read_bytes() == b"xytyped\r")
+        assert rig.report("session_typed", None)["ok"]
+    until(lambda: notes(path) == 1)
+    until(lambda: not rig.agent.store.unfinished())
+    assert not rig.agent.mail.waiting
+
+
+def test_words_whose_record_is_refused_are_typed_once(make, caplog):
+    rig = make(typing_limit_s=8)
+    session_id, path = rig.reader()
+    note(rig, session_id)
+    until(lambda: [begun for _, _, begun in rig.agent.store.unfinished() if begun])
+    with refusing(rig.agent.store):
+        until(lambda: "done is put off" in caplog.text)
+    until(lambda: not rig.agent.store.unfinished())
+    assert notes(path) == 1
+
+
+# ---------------------------------------------------------------------------- clocks
+
+
+class SetBack:
+    """The module `time` on a machine whose clock was set back by so many seconds."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def time(self):
+        return time.time() - self.seconds
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
+def test_progress_is_told_after_the_clock_was_set_back(still, monkeypatch):
+    still.agent.settings.progress_s = 0
+    session = still.start("cat", profile="own")
+    still.agent.activities.signal(session, "hook", event="Go")
+    monkeypatch.setattr(agent_module, "time", SetBack(3600))
+    still.agent.activities.signal(session, "hook", event="Go")
+    before, after = still.told("session_activity", session.session_id)
+    assert after["since"] == pytest.approx(before["since"] - 3600, abs=1)
+    assert 0 <= time.time() - 3600 - after["progress"] < 10
+
+
+def test_answers_find_their_dialogs_after_the_clock_was_set_back(still, monkeypatch):
+    monkeypatch.setattr(agent_module, "HOOK_BACK_S", 0)
+    request = agent_module.Request("r", "s", "hook", "Bash", answer={"decision": "deny"})
+    still.store.put("requests", [request.row()])
+    still.store.close()
+    still.begin()  # the hook client had gone with the last run
+    monkeypatch.setattr(agent_module, "time", SetBack(3600))
+    until(lambda: [r.request_id for r in still.agent.requests.abandoned()] == ["r"])
+
+
+# ---------------------------------------------------------------------------- terminals that go
+
+
+def test_without_tmux_sessions_in_it_are_left_alone(make, monkeypatch):
+    rig = make()
+    older = rig.start("cat")
+    rig.end()
+    with monkeypatch.context() as patch:
+        hide_tmux(patch)
+        rig.begin()
+        assert rig.report("session_closed", rig.start("true"))["exit_code"] == 0
+        rig.say("session_type", older, request_id="r", text="x")
+        assert "install it" in rig.report("session_typed", None)["why"]
+        assert [s["alive"] for s in rig.agent.sync()["sessions"] if s["session_id"] == older]
+        rig.end()
+    rig.begin()
+    assert not rig.reports("session_closed", older)
+    rig.watch(older)
+    rig.key(older, b"hello\r")
+    until(lambda: rig.live(older).count(b"hello") >= 2)
 
 
 # ---------------------------------------------------------------------------- the process

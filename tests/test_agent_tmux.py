@@ -3,12 +3,15 @@ is a small HTTP server here, which stands in for the network only; the tests wit
 are elsewhere."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -873,3 +876,104 @@ def test_a_program_heeds_signals_that_its_agent_was_told_to_ignore(tmp_path):
     )
     mask = int(said.stdout.split()[1], 16)
     assert [number for number in ignored if mask >> (number - 1) & 1] == []
+
+
+# ---------------------------------------------------------------------------- tmux that goes
+
+
+STUBBORN = "trap '' HUP; echo on; while :; do sleep 0.1; done"
+
+
+def server_pid(agent):
+    return int(agent.tmux("display-message", "-p", "#{pid}"))
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["at work", "away"])
+def test_no_program_outlives_a_session_that_is_said_to_be_gone(agent, wire, away):
+    """Its task is given out again: two must not work on it."""
+    task_id, session_id = agent.task(["/bin/sh", "-c", STUBBORN])
+    until(lambda: b"on" in wire.output(session_id))
+    if away:
+        agent.kill()
+    os.kill(server_pid(agent), signal.SIGKILL)
+    if away:
+        agent.start()
+    assert wire.report("session_closed", session_id=session_id)["exit_code"] is None
+    until(lambda: session_id not in running(), 2)
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["at work", "away"])
+def test_a_tmux_whose_socket_was_removed_is_no_tmux_that_has_ended(agent, wire, away):
+    session_id = agent.session(command=["cat"])
+    wire.report("session_started", session_id=session_id)
+    if away:
+        agent.kill()
+    path = agent.home / f"tmux-{os.getuid()}" / f"orc-{SERVER_ID[:8]}"
+    before = server_pid(agent)
+    path.unlink()
+    if away:
+        agent.start()
+    other = agent.session(command=["cat"])
+    wire.report("session_started", session_id=other)
+    assert server_pid(agent) == before
+    for number in (session_id, other):
+        assert agent.type(number, "still here")["ok"]
+        until(lambda number=number: b"still here" in wire.output(number))
+    assert not wire.reports("session_closed")
+
+
+# ---------------------------------------------------------------------------- a full disk
+
+
+def test_an_agent_starts_although_nothing_can_be_written(agent, wire):
+    session_id = agent.session(command=["cat"])
+    wire.report("session_started", session_id=session_id)
+    agent.kill()
+    cli = agent.state / "bin" / "orchestratia"
+    was = cli.read_text()
+    cli.write_text("of an older version")
+    with contextlib.closing(sqlite3.connect(agent.state / "state.db")) as db:
+        db.execute("SELECT * FROM meta").fetchall()  # it is open: nothing of it goes or is made
+        full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, -1))  # noqa: E731
+        seen = len(wire.syncs)
+        agent.process = subprocess.Popen(
+            agent.arguments(), env=agent.env, stderr=subprocess.PIPE, text=True, preexec_fn=full
+        )
+        until(lambda: len(wire.syncs) > seen)
+        assert agent.type(session_id, "hello")["ok"]
+        until(lambda: b"hello" in wire.output(session_id))
+        assert not wire.reports("session_recovered")
+        resource.prlimit(agent.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+        wire.report("session_recovered", session_id=session_id)
+        until(lambda: cli.read_text() == was)
+    agent.kill()
+    errors = agent.process.stderr.read()
+    agent.process.stderr.close()
+    assert "is put off" in errors and "Traceback" not in errors
+
+
+# ---------------------------------------------------------------------------- the doctor
+
+
+def test_a_proxy_that_answers_in_the_hubs_place_is_found(rig):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<h1>Please sign in</h1>")
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    rig.config.write_text(rig.config.read_text().replace(rig.wire.url, url))
+    said = subprocess.run(
+        rig.arguments("--doctor", "--json"), env=rig.env, capture_output=True, text=True
+    )
+    server.shutdown()
+    server.server_close()
+    [hub] = [one for one in json.loads(said.stdout) if one["check"] == "hub"]
+    assert (hub["state"], hub["says"]) == ("bad", f"What answers at {url} is not a hub.")
+    assert "hub_url" in hub["do"] and said.returncode == 1

@@ -1,16 +1,22 @@
 """The agent's small parts: no process, no tmux, no network."""
 
 import base64
+import contextlib
 import json
+import os
+import queue
+import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
 
 import agent
 from agent import AgentError, HubError, HubUnreachable, Logs, Outgoing, Session, Store
+from conftest import wait_until
 
 
 def token_for(url):
@@ -98,6 +104,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         agent.save_config(path, {"a": 2})
     assert agent.load_config(path) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_new_config_survives_a_loss_of_power(tmp_path, monkeypatch):
+    real, synced = os.fsync, []
+
+    def fsync(number):
+        synced.append(os.readlink(f"/proc/self/fd/{number}"))
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    agent.save_config(tmp_path / "new" / "config.yaml", {"api_key": "orc_1"})
+    file, *directories = synced
+    assert os.path.dirname(file) == str(tmp_path / "new")
+    assert directories == [str(tmp_path / "new"), str(tmp_path)]
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a list", "just text", "\x00"])
@@ -334,6 +354,91 @@ def test_a_session_and_what_is_said_of_it_are_written_together(store, tmp_path):
     assert len(store.spooled_after(0)) == 2
     store.forget("s1")
     assert store.sessions() == []
+
+
+@contextlib.contextmanager
+def refusing(store):
+    """The store takes nothing, as when the disk is full."""
+    store._rows("PRAGMA query_only = 1")
+    yield
+    store._rows("PRAGMA query_only = 0")
+
+
+def test_what_the_store_refuses_changes_nothing_in_memory(store):
+    session = Session("s1", "orc-s1", state="live")
+    with refusing(store), pytest.raises(sqlite3.OperationalError):
+        store.save(session, {"type": "session_closed"}, state="ended")
+    assert session == Session("s1", "orc-s1", state="live")
+    store.save(session, {"type": "session_closed"}, state="ended")
+    assert session == Session("s1", "orc-s1", state="ended", closed_spool=1)
+    assert store.sessions() == [session]
+
+
+def test_what_was_refused_is_written_in_order_when_it_can_be(store):
+    with refusing(store):
+        for n in (1, 2, 1):  # said twice it is one
+            store.owed.do(store.spool, {"type": str(n)})
+        store.owed.settle(100)
+    store.owed.do(store.spool, {"type": "3"})
+    store.owed.settle(100.5)
+    assert store.spooled_after(0) == []
+    store.owed.settle(101)
+    assert [frame["type"] for frame in store.spooled_after(0)] == ["1", "2", "3"]
+    store.owed.do(store.spool, {"type": "4"})
+    assert len(store.spooled_after(0)) == 4
+
+
+def test_rows_of_a_later_version_are_read(store):
+    row = {**vars(Session("s1", "orc-s1")), "mood": "good"}
+    with store._transaction() as db:
+        db.execute("INSERT INTO session VALUES ('s1', ?)", (json.dumps(row),))
+    assert store.sessions() == [Session("s1", "orc-s1")]
+
+
+def test_a_lane_goes_on_after_a_frame_that_failed():
+    done, full = queue.SimpleQueue(), threading.Event()
+
+    def carry_out(frame):
+        if frame["type"] == "refused":
+            full.set()
+            raise sqlite3.OperationalError("database or disk is full")
+        done.put(frame["type"])
+
+    lanes = agent.Lanes(carry_out)
+    for kind in ("refused", "key"):
+        lanes.put({"type": kind, "session_id": "s"})
+    assert full.wait(10) and done.get(timeout=10) == "key"
+    wait_until(lambda: lanes.idle({"session_id": "s"}))
+
+
+# ---------------------------------------------------------------------------- rules
+
+
+ENGINE = "def judge(rules, request): return {'decision': 'deny', 'because': rules}"
+
+
+def test_rules_that_cannot_be_used_leave_the_last_ones(store, tmp_path):
+    rules = agent.Rules(store, tmp_path)
+    good = {"engine": ENGINE, "rules": "good", "origin": {}, "etag": "1"}
+    rules.take(good)
+    rules.take({**good, "engine": "def (", "etag": "2"})
+    assert (rules.etag, rules.judge({})["because"]) == ("1", "good")
+    assert agent.Rules(store, tmp_path).judge({})["because"] == "good"
+
+
+def test_kept_rules_of_another_python_are_asked_for_again(store, tmp_path):
+    store.put("rules", {"engine": "def (", "rules": [], "origin": {}, "etag": "1"})
+    rules = agent.Rules(store, tmp_path)
+    assert rules.etag is None and rules.judge({})["decision"] == "ask"
+
+
+def test_rules_are_in_use_before_the_disk_takes_them(store, tmp_path):
+    rules = agent.Rules(store, tmp_path)
+    with refusing(store):
+        rules.take({"engine": ENGINE, "rules": "new", "origin": {}, "etag": "1"})
+        assert rules.judge({})["because"] == "new"
+    store.owed.settle(100)
+    assert store.get("rules")["etag"] == "1"
 
 
 # ---------------------------------------------------------------------------- what is sent when

@@ -633,7 +633,8 @@ def full_disk(pid: int, folder: Path):
     try:
         yield
     finally:
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+        with contextlib.suppress(ProcessLookupError):  # it was killed
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
 
 @contextlib.contextmanager
@@ -736,6 +737,51 @@ def test_f18_an_agent_whose_disk_is_full_finishes_nothing_it_cannot_say(shop, tw
     wait_until(lambda: not shop.api("GET", "alerts?status=open")["alerts"], 20)
     case.check(shop)
     case.seen = f"{graph.check()} bodies twice"
+
+
+@fault("F18 sessions go on while their agent cannot write")
+@pytest.mark.hub(**FAST)
+@pytest.mark.parametrize("restarted", [False, True], ids=["goes on", "killed"])
+def test_f18_what_sessions_did_while_the_disk_was_full_is_told_afterwards(
+    shop, two, tmp_path, case, restarted
+):
+    agent, go = two[0], tmp_path / "go"
+    two[1].stop()
+    wait_until(lambda: not two[1].is_online(), 20)
+    lines = "".join(f"{n}\r\n" for n in range(1, 2001))
+    script = f"while [ ! -e {go} ]; do sleep 0.02; done; seq 1 2000; exit "
+    good = running(shop, worker(shop, "sh", "-c", script + "0"))
+    bad = running(shop, worker(shop, "sh", "-c", script + "4", max_retries=0))
+    typist = plain_session(shop, agent, "sh", "-c", "read line; echo got $line; exit 3")
+    with full_disk(agent.process.pid, agent.folder):
+        go.touch()
+        assert typed(shop, typist, "these words").ok
+        wait_until(lambda: agent.tmux("list-panes", "-aF", "#{pane_dead}").split() == ["1"] * 3)
+        looks = refused_looks(agent)
+        wait_until(lambda: refused_looks(agent) >= looks + 3)  # the first may be for other things
+        assert row(shop, good["id"])["status"] == row(shop, bad["id"])["status"] == "running"
+        if restarted:
+            agent.kill()
+    case.kills += 1
+    if restarted:
+        agent.start()
+    assert until_status(shop, good["id"], "done")["attempt"] == 1
+    assert until_status(shop, bad["id"], "failed")["result"]["error"].startswith("exit code 4")
+    path = f"sessions/{typist['id']}"
+    closed = wait_until(lambda: (s := shop.api("GET", path))["status"] == "closed" and s, 20)
+    assert closed["exit_code"] == 3
+    for task in (good, bad):
+        output = whole_log(shop, task["session_id"])
+        case.count("bytes", len(lines), abs(len(lines) - len(output)))
+        assert output.decode() == lines
+    assert whole_log(shop, typist["id"]) == b"these words\r\ngot these words\r\n"
+    case.check(shop)
+    case.seen = "ends, reports and output told when there was room"
+
+
+def refused_looks(agent) -> int:
+    """How many looks at its sessions the agent could not finish."""
+    return (agent.folder / "out.log").read_text().count("watch: the state cannot be written")
 
 
 @fault("F19 the database is held by another writer")
