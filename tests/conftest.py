@@ -582,7 +582,9 @@ def begun() -> tuple[Path, str]:
     """A data directory after a hub's first start, and the token of its admin who signed in."""
     folder = tempfile.TemporaryDirectory(prefix="orc-begun-")
     atexit.register(folder.cleanup)
-    hub = HubProcess(Path(folder.name))  # which is there: nothing is taken from here
+    data = Path(folder.name, "hub")
+    data.mkdir(mode=0o700)  # where something is, nothing is taken from here
+    hub = HubProcess(data)
     token = hub.login()
     hub.stop()
     return hub.data, token
