@@ -70,6 +70,21 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "fault(name): a case of the catalogue of faults")
 
 
+LONGEST = ("access", "machine", "benchmarks", "install", "openapi", "chaos", "backup")
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first, on each of the processes that share the tests: in the end
+    one of them would be left alone with it."""
+    shares = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT") or 1)
+    first = [item for item in items if item.path.stem.endswith(LONGEST)]
+    others = [item for item in items if not item.path.stem.endswith(LONGEST)]
+    size = -(-len(others) // shares)
+    items[:] = []
+    for n in range(shares):
+        items += first[n::shares] + others[n * size : (n + 1) * size]
+
+
 def pytest_terminal_summary(terminalreporter):
     """The table of the fault cases that were run; into a file too when FAULTS_TABLE names one."""
     lines = ["| case | seed | kills | lost | seconds | seen |", "|---|---|---|---|---|---|"]
@@ -758,13 +773,16 @@ def hub(request, start_hub):
 # ── real agents, and the command line ─────────────────────────────────────────────────────────
 
 
+AGENT = [sys.executable, str(ROOT / "agent.py")]
+
+
 class AgentProcess:
     """`python agent.py` with a config, a state directory and repos of its own."""
 
     def __init__(self, hub, folder: Path, name: str, repos=(), languages=(), slots: int = 8):
         self.hub, self.folder, self.name = hub, folder, name
         self.config = folder / "config.yaml"
-        self.argv = [sys.executable, str(ROOT / "agent.py"), "--config", str(self.config)]
+        self.argv = [*AGENT, "--config", str(self.config)]
         self.argv += ["--state", str(folder / "state")]
         self.process = None
         register = ["--name", name, "--slots", str(slots)]
@@ -781,15 +799,12 @@ class AgentProcess:
     def run(self, *argv: str) -> subprocess.CompletedProcess:
         """Run agent.py to its end with these arguments."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return subprocess.run(
-            [*self.argv, *argv],
-            env=clean_env(self.folder),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=60,
-        )
+        printed = self.folder / "printed"
+        done = nursery.Agent([*self.argv[2:], *argv], clean_env(self.folder), printed)
+        code = done.wait()
+        said = printed.read_text()
+        printed.unlink()
+        return subprocess.CompletedProcess([*self.argv, *argv], code, said)
 
     def start(self) -> "AgentProcess":
         self.spawn()
@@ -797,7 +812,11 @@ class AgentProcess:
         return self
 
     def spawn(self) -> None:
-        self.log = (self.folder / "out.log").open("ab")
+        log = self.folder / "out.log"
+        self.log = log.open("ab")
+        if self.argv[:2] == AGENT:
+            self.process = nursery.Agent(self.argv[2:], clean_env(self.folder), log)
+            return
         self.process = subprocess.Popen(
             self.argv,
             env=clean_env(self.folder),
@@ -842,9 +861,11 @@ def start_agent(tmp_path):
     """Register and start agents; all are stopped, their tmux servers too."""
     started = []
 
-    def start(hub, name, **kwargs) -> AgentProcess:
+    def start(hub, name, ready=lambda agent: None, **kwargs) -> AgentProcess:
+        """ready: called with the agent once it is registered, before it is started."""
         agent = AgentProcess(hub, tmp_path / name, name, **kwargs)
         started.append(agent)
+        ready(agent)
         return agent.start()
 
     yield start

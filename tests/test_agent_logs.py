@@ -4,7 +4,6 @@ and where that cannot be, a gap that says so. Real tmux, a real hub."""
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 import agent
 from agent import Clock, Logs, Store, Times, released, times_path
-from conftest import clean_env, wait_until
+from conftest import wait_until
 from test_pipeline import at_end, task
 
 LINE = 11  # bytes of a numbered line on a terminal
@@ -83,18 +82,6 @@ def used(path: Path) -> int:
 def open_session(hub, *command: str, name: str = "s") -> str:
     made = hub.api("POST", "sessions", {"server_id": "dev", "name": name, "command": command})
     return made["id"]
-
-
-def start_blind(agent_process) -> None:
-    """Start the agent although there is no hub that could say that it is online."""
-    agent_process.log = (agent_process.folder / "out.log").open("ab")
-    agent_process.process = subprocess.Popen(
-        agent_process.argv,
-        env=clean_env(agent_process.folder),
-        stdin=subprocess.DEVNULL,
-        stdout=agent_process.log,
-        stderr=subprocess.STDOUT,
-    )
 
 
 def configure(agent_process, **settings) -> None:
@@ -166,7 +153,7 @@ def test_output_given_up_while_the_hub_is_away_is_declared_exactly(shop, start_a
         size = min(lines * LINE, size + rng.randrange(1_000_000, 3_000_000))
         wait_until(lambda size=size: path.stat().st_size >= size, 60)
         dev.kill()
-        start_blind(dev)
+        dev.spawn()
     if released(path, 0, 4096):
         wait_until(lambda: used(path) < 1_500_000, 10)
     shop.start()

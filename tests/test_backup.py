@@ -28,7 +28,7 @@ import tasks
 import wire
 from auth import HUB
 from conftest import ROOT, wait_until
-from faulting import FAST, Graph, back, check, reading, through
+from faulting import FAST, Graph, check, reading, through
 from models import Conflict, Invalid, NoRoom, Unauthorised
 
 
@@ -500,10 +500,7 @@ def test_a_session_key_counts_only_once_its_server_has_said_what_it_has(asking, 
 def test_a_hub_begins_anew_while_its_agents_run_what_it_does_not_know(
     shop, start_agent, cli, tmp_path, case
 ):
-    agent = start_agent(shop, "dev", slots=4)
-    agent.stop()
-    through(agent, shop)
-    back(agent)
+    start_agent(shop, "dev", slots=4, ready=lambda agent: through(agent, shop))
     go = tmp_path / "go"
     wait = f"echo begun; while [ ! -e {go} ]; do sleep 0.05; done; echo ended"
     file = tmp_path / "hub.tar"

@@ -22,7 +22,6 @@ from faulting import (
     Graph,
     N,
     Told,
-    back,
     check_resources,
     healthy,
     kill_agent,
@@ -53,12 +52,11 @@ def graph(shop, tmp_path):
 @pytest.fixture
 def two(shop, start_agent):
     """Two agents that come back soon."""
-    agents = [start_agent(shop, name, slots=4) for name in ("one", "two")]
-    for agent in agents:
-        agent.stop()
+
+    def soon(agent):
         through(agent, shop)
-        back(agent)
-    return agents
+
+    return [start_agent(shop, name, ready=soon, slots=4) for name in ("one", "two")]
 
 
 def row(hub, task_id: str) -> dict:
@@ -139,10 +137,7 @@ def test_f2_f3_a_hub_that_dies_before_it_tells_tells_afterwards(
 ):
     hub = start_hub(script=DYING, **FAST)
     hub.api("POST", "projects", {"name": "shop"})
-    agent = start_agent(hub, "one", slots=4)
-    agent.stop()
-    through(agent, hub)
-    back(agent)
+    start_agent(hub, "one", slots=4, ready=lambda agent: through(agent, hub))
     told, graph = Told(hub), Graph(hub, tmp_path)
     for _ in range(max(1, N // 4)):
         (hub.data / "DIE").write_text(place)
@@ -208,11 +203,12 @@ def behind(shop, start_agent, start_proxy):
     """An agent behind a proxy: (agent, proxy)."""
 
     def start(name: str, carrier: str = ""):
-        agent = start_agent(shop, name, slots=4)
-        agent.stop()
         proxy = start_proxy(shop)
-        through(agent, shop, proxy, carrier)
-        return back(agent), proxy
+
+        def behind_it(agent):
+            through(agent, shop, proxy, carrier)
+
+        return start_agent(shop, name, ready=behind_it, slots=4), proxy
 
     return start
 
@@ -293,11 +289,12 @@ def test_f7_a_network_that_swallows_everything_changes_nothing_of_a_task(
 ):
     hub = start_hub(host=apart.near, **FAST)
     hub.api("POST", "projects", {"name": "shop"})
-    agent = start_agent(hub, "one", slots=4)
-    agent.stop()
-    through(agent, hub)
-    agent.argv = ["ip", "netns", "exec", apart.name, *agent.argv]
-    back(agent)
+
+    def apart_from_it(agent):
+        through(agent, hub)
+        agent.argv = ["ip", "netns", "exec", apart.name, *agent.argv]
+
+    agent = start_agent(hub, "one", ready=apart_from_it, slots=4)
     go = tmp_path / "go"
     counting = f"n=0; while [ ! -e {go} ]; do echo line $n; n=$((n+1)); sleep 0.01; done"
     task = running(hub, worker(hub, "sh", "-c", counting))
@@ -523,11 +520,12 @@ def test_f14_a_text_is_submitted_whole_and_once_or_not_at_all(shop, two, tmp_pat
 def test_f15_a_server_whose_clock_is_off_works_like_any_other(
     shop, start_agent, cli, tmp_path, case, by
 ):
-    agent = start_agent(shop, "dev")
-    agent.stop()
-    through(agent, shop)
-    agent.argv[1:1] = ["-c", OTHER_TIME, str(by)]
-    back(agent)
+
+    def off(agent):
+        through(agent, shop)
+        agent.argv[1:1] = ["-c", OTHER_TIME, str(by)]
+
+    agent = start_agent(shop, "dev", ready=off)
     hour = time.time()
     graph = Graph(shop, tmp_path)
     graph.make(layers=3, width=2, timeout=60, start_timeout=30)

@@ -20,7 +20,7 @@ import logs
 import models
 import sessions
 from conftest import World, _close, _forget_all, check_invariants, wait_until
-from faulting import FAST, LONG, Graph, N, Told, back, healthy, reading, through
+from faulting import FAST, LONG, Graph, N, Told, healthy, reading, through
 
 pytestmark = pytest.mark.timeout(7200 if LONG else 240)
 
@@ -354,10 +354,7 @@ def newer_hub(root: Path, folder: Path) -> Path:
 def test_f30_an_upgrade_in_mid_work_goes_on_and_an_older_hub_refuses_newer_data(
     shop, start_agent, tmp_path, case
 ):
-    agent = start_agent(shop, "dev", slots=4)
-    agent.stop()
-    through(agent, shop)
-    back(agent)
+    start_agent(shop, "dev", slots=4, ready=lambda agent: through(agent, shop))
     told, graph = Told(shop), Graph(shop, tmp_path)
     graph.make(layers=4, width=3)
     folder = tmp_path / "next"

@@ -14,10 +14,11 @@ import sessions
 import tasks
 import wire
 from auth import HUB
-from faulting import N
+from faulting import LONG, N
 from models import Busy, Conflict, Refused, Unauthorised, transaction
 
 DIAMONDS = 1000
+pytestmark = pytest.mark.timeout(180 if not LONG else 3600)
 
 
 class Pair:

@@ -14,7 +14,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from conftest import wait_until
-from faulting import LONG, N, back, kill_agent, kill_hub, through, whole_log
+from faulting import LONG, N, kill_agent, kill_hub, through, whole_log
 
 FAST = {"tick_s": 0.2, "due_s": 0.2, "heartbeat_s": 0.5, "offline_after_s": 4, "grace_s": 0.6}
 PACE_S = 0.015  # after every 100 lines, so that there is time for many deaths
@@ -307,10 +307,7 @@ class Stream:
 
 @pytest.fixture
 def dev(shop, start_agent):
-    agent = start_agent(shop, "dev")
-    agent.stop()
-    through(agent, shop)
-    return back(agent)
+    return start_agent(shop, "dev", ready=lambda agent: through(agent, shop))
 
 
 @pytest.mark.fault("F5 agent killed while a stream is printed")
@@ -336,11 +333,8 @@ def test_no_byte_is_missing_or_doubled_when_the_hub_is_killed(shop, dev, stream)
 def test_no_byte_is_missing_or_doubled_when_the_connection_is_cut(
     shop, start_agent, start_proxy, request, carrier
 ):
-    agent = start_agent(shop, "dev")
-    agent.stop()
     proxy = start_proxy(shop)
-    through(agent, shop, proxy, carrier)
-    back(agent)
+    start_agent(shop, "dev", ready=lambda agent: through(agent, shop, proxy, carrier))
     stream = request.getfixturevalue("stream")
     for before, at in zip([0, *stream.marks], stream.marks, strict=False):
         proxy.cut_after(at - before)
