@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import requests
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from conftest import wait_until
 from faulting import (
@@ -155,6 +157,73 @@ def test_f2_f3_a_hub_that_dies_before_it_tells_tells_afterwards(
     assert sessions[0] == sessions[1], "a second session was started"
     assert graph.check() == 0, "a body ran twice"
     case.seen = f"{place}: {len(graph.ids)} tasks, 0 bodies twice"
+
+
+@fault("F30 hub told to stop in the middle of work")
+@pytest.mark.hub(**FAST)
+def test_f30_a_hub_that_is_told_to_stop_says_farewell_and_finishes_what_it_has_begun(
+    shop, start_agent, case
+):
+    start_agent(shop, "one", ready=lambda agent: through(agent, shop))
+    bearer = {"Authorization": f"Bearer {shop.login()}"}
+    unsure = set()
+    for n in range(max(2, N // 5)):
+        over = threading.Event()
+        with ThreadPoolExecutor(6) as pool:
+            watcher = connect(
+                f"ws{shop.url.removeprefix('http')}/ws/dashboard",
+                additional_headers=bearer,
+                compression=None,
+            )
+            told = pool.submit(_farewell, watcher)
+            makers = [pool.submit(_make_until, shop, over, f"{n}-{k}-") for k in range(4)]
+            big = pool.submit(_make_pipeline, shop, f"big{n}")
+            time.sleep(case.random.uniform(0.1, 0.5))
+            assert shop.stop() == 0
+            over.set()
+            assert told.result() == (1012, "the hub restarts")
+            unsure |= {title for maker in makers if (title := maker.result())}
+            big.result()
+        shop.start()
+        case.kills += 1
+    titles = Counter(task["title"] for task in _all_tasks(shop))
+    assert all(count == 1 for title, count in titles.items() if not title.startswith("part"))
+    assert titles["part"] % 500 == 0, "half of a pipeline"
+    case.check(shop)
+    made = sum(titles.values())
+    case.seen = f"{made} tasks, each once; {len(unsure)} calls without an answer; code 1012"
+
+
+def _farewell(watcher) -> tuple[int, str]:
+    with watcher, contextlib.suppress(ConnectionClosed):
+        while True:
+            watcher.recv(20)
+    return watcher.close_code, watcher.close_reason
+
+
+def _make_until(hub, over: threading.Event, name: str) -> str | None:
+    """Make tasks until the hub is away; the title of the one that was not answered, if any."""
+    for n in range(10_000):
+        title = f"{name}{n}"
+        if over.is_set():
+            break
+        try:
+            hub.ask("POST", "tasks", {"title": title}, headers={"Connection": "close"})
+        except requests.RequestException:
+            return title
+    return None
+
+
+def _make_pipeline(hub, name: str) -> None:
+    """In one transaction; whether it is answered or not."""
+    items = [{"id": str(n), "title": "part"} for n in range(500)]
+    with contextlib.suppress(requests.RequestException):
+        hub.ask("POST", "pipelines", {"name": name, "tasks": items})
+
+
+def _all_tasks(hub) -> list[dict]:
+    with reading(hub) as db:
+        return [dict(row) for row in db.execute("SELECT title FROM task")]
 
 
 @fault("F6 agent and tmux killed")

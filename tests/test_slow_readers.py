@@ -249,6 +249,7 @@ def test_a_flooding_agent_does_not_hold_up_the_keys_of_another(stage):
             )
             offset += CHUNK
 
+    before = stage.rss()
     with stage.person() as watching, stage.person(session) as person:
         watching.until("output")
         person.until("output")
@@ -257,6 +258,7 @@ def test_a_flooding_agent_does_not_hold_up_the_keys_of_another(stage):
         round_trips(person, echo, 100)
         stop.set()
         flooding.join(30)
+    assert stage.rss() - before < 60_000_000
     echo.close()
 
 
