@@ -288,7 +288,8 @@ def save_config(path, config):
     make_private_dir(path.parent)
     write_private(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     for directory in (path.parent, path.parent.parent):  # it may have been made just now
-        sync_directory(directory)
+        with contextlib.suppress(OSError):  # one we may not read, or that takes no such order
+            sync_directory(directory)
 
 
 def settings_of(config):
@@ -574,6 +575,7 @@ class Owed:
         self._deeds = collections.deque()
         self._lock = threading.Lock()
         self._again_at = -math.inf
+        self._under_way = 0  # of the first ones
 
     def do(self, deed, *arguments):
         """Do it now, or as soon as it can be done and all that waits before it."""
@@ -585,23 +587,27 @@ class Owed:
                     raise
                 log.error("%s is put off: %s", deed.__name__, error)
         with self._lock:
-            if (deed, arguments) not in self._deeds:
+            # One that is under way has read already what it is to write.
+            if (deed, arguments) not in itertools.islice(self._deeds, self._under_way, None):
                 self._deeds.append((deed, arguments))
 
     def settle(self, now):
         """Do what waits, as far as it can be done, and after a refusal not again for a second.
         Only one thread may call this."""
         while self._deeds and now >= self._again_at:
-            deed, arguments = self._deeds[0]
+            with self._lock:
+                deed, arguments = self._deeds[0]
+                self._under_way = 1
             try:
                 deed(*arguments)
             except Exception as error:
                 if is_refusal(error):
-                    self._again_at = now + 1
+                    self._again_at, self._under_way = now + 1, 0
                     return
                 log.exception("%s failed", deed.__name__)
             with self._lock:
                 self._deeds.popleft()
+                self._under_way = 0
 
 
 class Store:
@@ -1298,12 +1304,15 @@ class Tmux:
 
     def _lines_again(self):
         """The same when there is no socket: a server that lives, whose socket somebody has
-        removed, makes it anew when it is told to. [] when there is none."""
+        removed, makes it anew when it is told to. [] when there is none. Raises TmuxError when
+        it lives and is not reached all the same: nothing is known of its sessions then."""
         lines, deadline = None, time.monotonic() + self.SOCKET_S
         while lines is None and self._lives() and time.monotonic() < deadline:
             signal_process(self.server_pid, signal.SIGUSR1)
             time.sleep(0.05)
             lines = self._lines()
+        if lines is None and self._lives():
+            raise TmuxError("tmux runs and cannot be reached")
         if lines is None:
             self.server_pid = None
         return lines or []
@@ -3937,8 +3946,7 @@ class Requests:
         try:
             answer = self._hold(session, request, gone, holds)
             if answer:
-                request.passing = True
-                self._save()
+                self._change(request, passing=True)
             return answer
         finally:
             request.held, request.left = False, time.monotonic()
@@ -3967,6 +3975,16 @@ class Requests:
         self.outgoing.wake.set()
         return request
 
+    def _change(self, request, **changes):
+        """The request is changed, and that is on the disk; or neither."""
+        before = {name: getattr(request, name) for name in changes}
+        vars(request).update(changes)
+        try:
+            self._save()
+        except BaseException:
+            vars(request).update(before)
+            raise
+
     def _hold(self, session, request, gone, holds):
         if not self._taken(request):
             self.end(request, "left to the terminal, since the hub did not answer in time")
@@ -3981,8 +3999,7 @@ class Requests:
             if patience and time.monotonic() > patience:
                 with self.lock:  # from now on a person's answer is a key
                     if request.answer is None:
-                        request.via = "screen"
-                        self._save()
+                        self._change(request, via="screen")
                         return None
         return request.answer
 
@@ -4020,9 +4037,7 @@ class Requests:
             left = [r for r in self.open.values() if r.via == "hook" and not (r.held or r.passing)]
             left = [r for r in left if r.left < late]
             for request in left:
-                request.via = "screen"
-            if left:
-                self._save()
+                self._change(request, via="screen")
         return [request for request in left if request.answer]
 
     def look(self, dialogs):
@@ -4043,8 +4058,7 @@ class Requests:
         mark = dialog["fingerprint"] if dialog else None
         for request in by_screen:
             if request.fingerprint is None and dialog:
-                request.fingerprint = mark  # a hook announced what is now shown
-                self._save()
+                self._change(request, fingerprint=mark)  # a hook announced what is now shown
             elif request.fingerprint != mark and time.monotonic() - request.since > 2:
                 self.end(request, "in the terminal")
         if not dialog or dialog["kind"] not in ASKED or self._is_known(ours, mark):
@@ -4081,8 +4095,7 @@ class Requests:
             request = self.open.get(frame["request_id"])
             if request is None:
                 raise AgentError("nobody waits for it any more")
-            request.answer = answer
-            self._save()
+            self._change(request, answer=answer)
             self.answered[request.request_id] = answer
             while len(self.answered) > self.KEPT:
                 self.answered.popitem(last=False)
@@ -4159,9 +4172,13 @@ class HookServer:
             connection.settimeout(10)
             asked = json.loads(read_line(connection, self.LINE_MOST))
             said, was_passed_on = self.answer(asked, lambda: has_ended(connection))
-            connection.sendall(json.dumps(said).encode() + b"\n")
-            if was_passed_on:
-                was_passed_on(read_line(connection, 100) == b"ok")
+            arrived = False
+            try:
+                connection.sendall(json.dumps(said).encode() + b"\n")
+                arrived = bool(was_passed_on) and read_line(connection, 100) == b"ok"
+            finally:
+                if was_passed_on:
+                    was_passed_on(arrived)
 
 
 def in_directory(directory, deed):
@@ -5624,6 +5641,9 @@ class PollCarrier:
             self.stop.wait(self._refusals.pause())
 
     def _post(self, seq, frames, wait, timeout):
+        for frame in frames:
+            if frame["type"] == "sync":
+                frame["time"] = time.time()  # it may have been made long ago
         body = {"instance": self.agent.instance, "seq": seq, "wait": wait, "frames": frames}
         return self.hub.post("server/poll", body, timeout)["frames"]
 

@@ -29,8 +29,10 @@ from models import (
     Conflict,
     Invalid,
     Transaction,
+    clock,
     execute,
     iso,
+    keep_clock,
     labels,
     offloop,
     one,
@@ -295,6 +297,8 @@ def begin_anew(tx: Transaction, made_at: str) -> None:
     execute("DELETE FROM pairing_code")
     execute("UPDATE server SET draining = 1, instance = '' WHERE revoked = 0")
     leases.move_along(tx.now - since_epoch(made_at))
+    clock.heed()
+    keep_clock()
     execute("UPDATE server SET offline_at = ? WHERE online = 0 AND revoked = 0", (tx.now,))
     _say_nothing_twice(tx)
     execute(

@@ -143,6 +143,10 @@ class Clock:
         self._newest = newest
         self._began = 0.0 if same_boot else time.time()
 
+    def heed(self) -> None:
+        """All that is stored is by the clock as it stands now."""
+        self._offset = time.time() - time.monotonic()
+
     def state(self, by: float = 0.0) -> dict:
         """What the next process is to know: {boot, offset}; by: seconds it is being moved by."""
         return {"boot": _boot(), "offset": self._offset + by}

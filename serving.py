@@ -22,20 +22,23 @@ class Paced(socket.SocketIO):
     def __init__(self, connection):
         super().__init__(connection, "r")
         self._connection = connection
-        self._until = self._pause_s = 0.0
+        self._until = self._pause_s = self._byte_s = 0.0
 
-    def allow(self, seconds: float, pause_s: float) -> None:
-        """From now on, and with no longer pause than that."""
-        self._until, self._pause_s = time.monotonic() + seconds, pause_s
+    def allow(self, seconds: float, byte_s: float = 0.0) -> None:
+        """From now on, and so many seconds more for each byte that comes; no pause is longer."""
+        self._until, self._pause_s = time.monotonic() + seconds, seconds
+        self._byte_s = byte_s
 
     def readinto(self, buffer):
         """As of any stream. Raises TimeoutError, once and for all, when the time is up."""
         left = min(self._pause_s, self._until - time.monotonic())
         self._connection.settimeout(max(0.001, left))
         try:
-            return super().readinto(buffer)
+            size = super().readinto(buffer)
         finally:
             self._connection.settimeout(STUCK_S)
+        self._until += size * self._byte_s
+        return size
 
 
 def server(sock: socket.socket, app, request_s: float, log: logging.Logger):
@@ -61,20 +64,20 @@ def server(sock: socket.socket, app, request_s: float, log: logging.Logger):
                 super().handle()
 
         def handle_one_request(self):
-            self._paced.allow(request_s, request_s)
+            self._paced.allow(request_s)
             return super().handle_one_request()
 
         def get_environ(self):
             environ = super().get_environ()
             self.headers = None  # the environment has them
-            self._paced.allow(request_s + (self.content_length or 0) / PACE, request_s)
+            self._paced.allow(request_s, 1 / PACE)
             return environ
 
         def run_application(self):
             try:
                 super().run_application()
             finally:
-                self._paced.allow(request_s, request_s)  # for what was sent and not read
+                self._paced.allow(request_s)  # for what was sent and not read
 
         def _handle_client_error(self, error):
             if isinstance(error, TimeoutError):

@@ -258,12 +258,13 @@ def spool_id_of(frame: dict) -> str:
 
 def greet(caller: Caller, frame: dict) -> None:
     """Take note of who connects: version, and where its spool stands. A state directory that was
-    set back to an earlier state numbers its reports anew from there: they are new ones."""
+    set back to an earlier state numbers its reports anew from there: they are new ones. (Not so of
+    a process that was here before: it may have reported by another way since it said so.)"""
     spool_id, first, last = spool_of(frame)
     with transaction():
         server = one("SELECT * FROM server WHERE id = ?", (caller.server_id,))
         known = server["spool_upto"] if server["spool_id"] == spool_id else 0
-        if last is not None:
+        if last is not None and frame.get("instance") != server["instance"]:
             known = min(known, last)
         execute(
             "UPDATE server SET protocol = 2, agent_version = ?, spool_id = ?, spool_upto = ?"
@@ -863,7 +864,7 @@ def _times(given, size: int) -> list:
 
 def _when(caller: Caller, at) -> float:
     try:
-        return servers.by_our_clock(caller.server_id, since_epoch(at))
+        return min(servers.by_our_clock(caller.server_id, since_epoch(at)), time.time())
     except (TypeError, ValueError):
         return time.time()
 

@@ -922,6 +922,21 @@ def test_a_tmux_whose_socket_was_removed_is_no_tmux_that_has_ended(agent, wire, 
     assert not wire.reports("session_closed")
 
 
+def test_a_tmux_that_lives_and_cannot_be_reached_has_lost_nothing(agent, wire):
+    """Its socket is gone and cannot be made anew, as where there is no room for it."""
+    session_id = agent.session(command=["cat"])
+    wire.report("session_started", session_id=session_id)
+    path = agent.home / f"tmux-{os.getuid()}" / f"orc-{SERVER_ID[:8]}"
+    path.unlink()
+    path.mkdir()
+    until(lambda: "tmux runs and cannot be reached" in (agent.state / "agent.log").read_text(), 40)
+    path.rmdir()
+    until(lambda: path.is_socket(), 40)
+    assert agent.type(session_id, "still here")["ok"]
+    until(lambda: b"still here" in wire.output(session_id))
+    assert not wire.reports("session_closed")
+
+
 # ---------------------------------------------------------------------------- a full disk
 
 

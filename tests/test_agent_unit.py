@@ -388,6 +388,23 @@ def test_what_was_refused_is_written_in_order_when_it_can_be(store):
     assert len(store.spooled_after(0)) == 4
 
 
+def test_what_is_put_off_again_while_it_is_written_is_written_once_more(store):
+    """What was to be written has changed since."""
+    written, value = [], ["old"]
+
+    def write():
+        written.append(value[0])
+        if value[0] == "old":
+            value[0] = "new"
+            store.owed.do(write)
+
+    with refusing(store):
+        store.owed.do(store.spool, {"type": "before"})
+    store.owed.do(write)
+    store.owed.settle(1000)
+    assert written == ["old", "new"]
+
+
 def test_rows_of_a_later_version_are_read(store):
     row = {**vars(Session("s1", "orc-s1")), "mood": "good"}
     with store._transaction() as db:

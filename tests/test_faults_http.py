@@ -124,6 +124,20 @@ def test_a_large_body_that_comes_steadily_has_the_time_it_takes(shop, dial):
     assert b" 201 " in one.answer().partition(b"\r\n")[0]
 
 
+@pytest.mark.hub(**QUICK)
+def test_a_body_in_chunks_has_the_time_its_size_takes(shop, dial):
+    text = json.dumps({"title": "chunks", "spec": "x" * 32_000}).encode()
+    one = dial(shop)
+    bearer = b"Authorization: Bearer " + shop.login().encode() + b"\r\n"
+    one.send(HEAD + bearer + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
+    pieces = [text[n : n + 800] for n in range(0, len(text), 800)]
+    for piece in pieces:
+        assert one.send(b"%x\r\n%s\r\n" % (len(piece), piece))
+        time.sleep(1.5 / len(pieces))
+    one.send(b"0\r\n\r\n")
+    assert b" 201 " in one.answer().partition(b"\r\n")[0]
+
+
 # ── garbage ───────────────────────────────────────────────────────────────────────────────────
 
 PATHS = ("tasks", "pipelines", "auth/login", "server/poll", "servers/register", "projects", "x")

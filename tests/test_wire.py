@@ -23,7 +23,7 @@ import sockets
 import tasks
 from auth import HUB
 from conftest import Client, wait_until
-from wire import greet
+from wire import greet, sync, take_spooled
 
 
 class Agent:
@@ -585,6 +585,26 @@ def test_on_a_socket_the_older_agent_goes_on_until_the_newer_has_synced(world, s
         report = newer.spool("session_gap", 1, session_id=session["id"], **{"from": 30})
         assert {"type": "spool_ack", "upto": 1} in newer.call(report)
         assert gaps(world) == [1, 30]
+
+
+def test_what_an_agent_reports_while_its_socket_opens_counts(world):
+    """By the poll, which goes on until the socket has greeted: what the socket's first frame says
+    of the spool is older then."""
+    world.server("dev")
+    caller, session = world.key("dev"), sessions.open_session(HUB, {"server_id": "dev"})[0]
+    hello = {"instance": "i", "spool_id": "s", "spool_first": 1, "spool_last": 0}
+    greet(caller, hello)
+    sync(caller, {"instance": "i", "sessions": []})
+    reports = [
+        {"type": "session_gap", "spool": n, "session_id": session["id"], "from": n}
+        for n in range(1, 5)
+    ]
+    opening = hello | {"spool_last": 1}
+    assert take_spooled(caller, reports[:3], "s") == 3
+    greet(caller, opening)
+    sync(caller, {"instance": "i", "sessions": []})
+    assert take_spooled(caller, reports[3:], "s") == 4
+    assert gaps(world) == [1, 2, 3, 4]
 
 
 def test_a_state_directory_that_was_set_back_is_heard_all_the_same(world, agent, wire):
