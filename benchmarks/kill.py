@@ -73,18 +73,18 @@ class Killer(threading.Thread):
         self.done = {"hub": 0, "agent": 0}
 
     def run(self) -> None:
-        """Each kill has its turn when so many tasks are done, so that none comes too late."""
+        """Each kill has its turn when so many tasks are done, so that none comes too late; the
+        first once the graph was accepted, since nothing is submitted again."""
+        while not self.place.graph.ids:
+            time.sleep(0.01)
         total = len(self.left)
         for n, what in enumerate(self.left):
             at = self.tasks * 0.95 * n / total
-            while self.tasks - self._open() < at:
+            while self.tasks - self.place.graph.left() < at:
                 time.sleep(0.05)
             time.sleep(self.dice.uniform(0, 0.3))
             self._kill(what)
             self.done[what] += 1
-
-    def _open(self) -> int:
-        return self.place.graph.left() if self.place.graph.ids else self.tasks
 
     def _kill(self, what: str) -> None:
         if what == "hub":
