@@ -49,6 +49,7 @@ WRITER_PRAGMAS = (
     "PRAGMA foreign_keys=1",
     "PRAGMA cache_size=-16000",  # KiB: a completion that frees a thousand tasks stays in memory
     "PRAGMA wal_autocheckpoint=8000",  # pages: rarely is it a hand-off that copies them home
+    "PRAGMA busy_timeout=0",  # from now on waiting is done by us: see `_begin`
 )
 
 BOOTED_S = 3600.0  # so long after it has started, a machine has been told the time
@@ -235,9 +236,11 @@ class HubDatabase(SqliteDatabase):
         self.writer = self._open(*WRITER_PRAGMAS)
 
     def _open(self, *pragmas: str) -> sqlite3.Connection:
+        """The last of the pragmas says that SQLite does not wait for locks; while it opens the file
+        it does, for somebody who looks into it may hold it just then."""
         connection = sqlite3.connect(
             self.database,
-            timeout=0,
+            timeout=LOCK_PATIENCE_S,
             isolation_level=None,
             check_same_thread=False,
             factory=_Connection,

@@ -327,6 +327,21 @@ def test_a_database_held_by_another_process_is_refused_as_busy(world, tmp_path, 
     world.check()
 
 
+def test_a_hub_opens_its_database_although_somebody_looks_into_it_just_then(tmp_path):
+    """As whoever reads it first after the hub was killed, and makes it whole again by that."""
+    path = tmp_path / "held.db"
+    models.HubDatabase(str(path)).close()
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("PRAGMA locking_mode=EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    letting_go = threading.Timer(0.5, other.close)
+    letting_go.start()
+    opened = models.HubDatabase(str(path))
+    letting_go.join()
+    assert opened.writer.execute("PRAGMA busy_timeout").fetchone() == (0,)
+    opened.close()
+
+
 def test_a_server_heard_while_the_database_is_busy_comes_online_later(world, tmp_path, monkeypatch):
     world.server("dev", online=False)
     monkeypatch.setattr(models, "LOCK_PATIENCE_S", 0.05)
