@@ -527,6 +527,9 @@ def test_a_cancelled_worker_is_ended_without_a_report(agent, wire):
 
 
 def test_a_closed_session_gets_a_hang_up_first(agent, wire):
+    agent.kill()
+    agent.config.write_text(agent.config.read_text().replace("grace_s: 0.5", "grace_s: 60"))
+    agent.start()
     session_id = agent.session()
     wire.report("session_started", session_id=session_id)
     wire.command("session_close", session_id=session_id, force=False)
