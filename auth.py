@@ -38,6 +38,7 @@ from models import (
     iso,
     offloop,
     one,
+    private,
     rows,
     sync_folder,
     transaction,
@@ -195,7 +196,7 @@ def use_secret(path: Path) -> None:
 
 def _make_secret(path: Path) -> None:
     whole = path.with_name(f"{path.name}.new")
-    with open(whole, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+    with open(whole, "wb", opener=private) as file:
         file.write(secrets.token_bytes(SECRET_BYTES))
         file.flush()
         os.fsync(file.fileno())

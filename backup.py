@@ -36,6 +36,7 @@ from models import (
     labels,
     offloop,
     one,
+    private,
     rows,
     since_epoch,
     sync_folder,
@@ -167,17 +168,13 @@ def _extract(archive, folder: Path) -> None:
             for member in tar:
                 if member.name not in (*FILES, DESCRIPTION) or not member.isfile():
                     raise Invalid(f"This is no backup of a hub: it holds {member.name[:100]!r}.")
-                with open(folder / member.name, "xb", opener=_private) as file:
+                with open(folder / member.name, "xb", opener=private) as file:
                     shutil.copyfileobj(tar.extractfile(member), file, CHUNK)
                     file.flush()
                     os.fsync(file.fileno())
     except (tarfile.TarError, EOFError, FileExistsError) as error:
         raise Invalid(f"This is no backup of a hub, or it is cut off ({error}).") from None
     sync_folder(folder)
-
-
-def _private(path, flags):
-    return os.open(path, flags, 0o600)
 
 
 def _checked(folder: Path, schema: int) -> dict:

@@ -113,7 +113,6 @@ SETTINGS = (
 )
 
 
-PUT_IN_PLACE = "restored from a backup; what was there before is in %s"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 SECRETS = frozenset({"telegram_token"})  # settings that no page shows
 KINDS = {str: "text", int: "a whole number", float: "a number"}
@@ -208,12 +207,18 @@ def holding(data: Path):
         yield
 
 
+def put_in_place(data: Path) -> bool:
+    """Put a backup that waits in the place of what is there; whether one did."""
+    if kept := backup.put_in_place(data):
+        log.warning("restored from a backup; what was there before is in %s", kept)
+    return bool(kept)
+
+
 def open_data(settings: dict) -> None:
     """Open the data directory and make the modules that keep something keep it there."""
     data = Path(settings["data"])
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if kept := backup.put_in_place(data):
-        log.warning(PUT_IN_PLACE, kept)
+    put_in_place(data)
     models.open_db(data / "hub.db")
     backup.finish(data)
     auth.use_secret(data / "secret")
@@ -398,9 +403,8 @@ def main(argv: list[str] | None = None) -> int:
 def _restored(settings: dict, flags: dict) -> dict:
     """The settings to serve with: those of a backup that waits, once it is in its place. Raises
     BadSetting."""
-    if not (kept := backup.put_in_place(settings["data"])):
+    if not put_in_place(settings["data"]):
         return settings
-    log.warning(PUT_IN_PLACE, kept)
     settings = read_settings(flags)
     logging.getLogger().setLevel(settings["log_level"])
     return settings

@@ -548,6 +548,11 @@ DISK_ERRORS = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPE
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
+def private(path, flags: int) -> int:
+    """An opener for `open`: what it makes is for its owner alone."""
+    return os.open(path, flags, 0o600)
+
+
 def sync_folder(folder: Path) -> None:
     """Have the disk keep which files are in a folder."""
     opened = os.open(folder, os.O_RDONLY)

@@ -37,7 +37,7 @@ OFFLINE_AFTER_S = 90.0
 LOST_AFTER_S = 900.0
 SLOTS_MOST = 10_000
 TROUBLE_MOST = 500  # characters
-SKEW_S = 5.0
+SKEW_S = 5.0  # seconds; less than that a clock may seem off by what is on its way
 
 
 def register(data: dict, address: str) -> dict:

@@ -531,9 +531,8 @@ def take_spooled(caller: Caller, frames: list[dict], spool_id: str | None = None
         if frame["spool"] == upto + 1 and not _log_taken(caller, frame):
             break  # the disk is full, for one: the agent sends it again
         with transaction() as tx:
-            upto = _spool_upto(
-                caller, spool_id
-            )  # again: a repeated call may be at work beside this one
+            # Again: a repeated call may be at work beside this one.
+            upto = _spool_upto(caller, spool_id)
             if frame["spool"] == upto + 1:
                 _handle(tx, caller, frame)
                 execute(

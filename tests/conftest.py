@@ -747,6 +747,12 @@ class HubProcess:
         self.start()
 
 
+def hub_py(*argv) -> subprocess.CompletedProcess:
+    """Run hub.py to its end with these arguments."""
+    command = [sys.executable, str(ROOT / "hub.py"), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
 @pytest.fixture
 def start_hub(tmp_path):
     """Start hub processes; all are stopped, and what they printed shown if the test failed."""

@@ -7,8 +7,6 @@ import resource
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -27,7 +25,7 @@ import sessions
 import tasks
 import wire
 from auth import HUB
-from conftest import ROOT, wait_until
+from conftest import hub_py, wait_until
 from faulting import FAST, Graph, check, reading, through
 from models import Conflict, Invalid, NoRoom, Unauthorised
 
@@ -588,12 +586,6 @@ def test_a_backup_made_in_the_middle_of_work_is_whole(shop, start_agent, tmp_pat
         check(hub)
         hub.stop()
     case.kills, case.seen = len(files), "each restored and checked"
-
-
-def hub_py(*argv) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "hub.py"), *map(str, argv)], capture_output=True, text=True
-    )
 
 
 def test_the_hub_itself_saves_and_restores_when_it_is_stopped(shop, tmp_path):

@@ -34,6 +34,7 @@ from faulting import (
     through,
     whole_log,
 )
+from test_typing import READER, read_by
 
 DYING = Path(__file__).with_name("dying_hub.py")
 pytestmark = pytest.mark.timeout(240 if not LONG else 7200)
@@ -571,7 +572,7 @@ def test_f14_a_text_is_submitted_whole_and_once_or_not_at_all(shop, two, tmp_pat
             wait_until(lambda s=session: session_status(shop, {"session_id": s["id"]}) == "active")
     seen = Counter()
     for file, text, said in tries:
-        found = file.read_bytes().replace(b"\x1b[200~", b"").replace(b"\x1b[201~", b"")
+        found = read_by(file)
         submitted = found.endswith(b"\r")
         assert text.startswith(found.removesuffix(b"\r")), "something else, or twice"
         assert not submitted or found == text + b"\r", "half of it was submitted"
@@ -622,16 +623,6 @@ real, by = time.time, float(sys.argv[1])
 time.time = lambda: real() + by
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-# Writes down what is typed into it, byte by byte.
-READER = """
-import os, sys, tty
-tty.setraw(0)
-os.write(1, b"\\x1b[?2004hready")
-with open(sys.argv[1], "wb", buffering=0) as file:
-    while data := os.read(0, 65536):
-        file.write(data)
-        os.write(1, b"." if len(data) < 99 else b"#")
 """
 
 

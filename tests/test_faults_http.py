@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from conftest import wait_until
+from conftest import ROOT, wait_until
 from faulting import LONG, N, check_resources, healthy, resources
 
 pytestmark = pytest.mark.timeout(240 if not LONG else 3600)
@@ -40,6 +40,11 @@ class Plain:
         except OSError:
             pass
         return True
+
+    def answered(self, data: bytes) -> None:
+        """Send a request, and read some of its answer."""
+        self.send(data)
+        assert b" 200 " in self.sock.recv(65536).partition(b"\r\n")[0]
 
     def answer(self) -> bytes:
         """All that comes until the end, or a pause."""
@@ -136,6 +141,33 @@ def test_a_body_in_chunks_has_the_time_its_size_takes(shop, dial):
         time.sleep(1.5 / len(pieces))
     one.send(b"0\r\n\r\n")
     assert b" 201 " in one.answer().partition(b"\r\n")[0]
+
+
+IMPATIENT = f"""
+from gevent import monkey
+monkey.patch_all()
+import sys
+sys.path[0] = {str(ROOT)!r}
+import serving
+serving.STUCK_S = 1.0
+import hub
+sys.exit(hub.main())
+"""
+
+
+def test_who_asks_and_does_not_read_is_let_go(start_hub, dial, tmp_path):
+    script = tmp_path / "hub.py"
+    script.write_text(IMPATIENT)
+    hub = start_hub(script=script)
+    ask = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+    dial(hub).answered(ask)
+    before = resources(hub.process.pid)["files"]
+    stuck = [dial(hub) for _ in range(20)]
+    for one in stuck:
+        one.send(ask * 200)  # more than the kernels keep for who does not read
+    wait_until(lambda: resources(hub.process.pid)["files"] >= before + 20)
+    wait_until(lambda: resources(hub.process.pid)["files"] <= before, 30)
+    healthy(hub)
 
 
 # ── garbage ───────────────────────────────────────────────────────────────────────────────────

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import hub
-from conftest import ROOT
+from conftest import ROOT, hub_py
 
 DEFAULTS = {name: default for name, default, _ in hub.SETTINGS}
 
@@ -128,11 +128,6 @@ def test_the_hub_ends_cleanly_when_told_to(hub):
 
 
 # ── the data directory ────────────────────────────────────────────────────────────────────────
-
-
-def hub_py(*argv) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "hub.py"), *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_two_hubs_never_use_one_data_directory(start_hub, tmp_path):

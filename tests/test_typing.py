@@ -9,12 +9,12 @@ from conftest import wait_until
 from standin import happened
 from test_humans import GIT, help_step, pending, respond, stand  # noqa: F401
 
-# A program that stores what it is given, without its terminal's echo or line length in the way.
+# Stores what it is given in a file, without its terminal's echo or line length in the way.
 READER = (
     "import os, sys, tty\n"
     "tty.setraw(0)\n"
     "os.write(1, b'\\x1b[?2004hready')\n"
-    "with open('typed', 'wb', buffering=0) as file:\n"
+    "with open(sys.argv[1], 'wb', buffering=0) as file:\n"
     "    while data := os.read(0, 65536):\n"
     "        file.write(data)\n"
     "        os.write(1, b'.' if len(data) < 99 else b'#')\n"
@@ -42,15 +42,18 @@ def reader(shop, start_agent):
     made = shop.api(
         "POST",
         "sessions",
-        {"server_id": "dev", "name": "reader", "command": ["python3", "-c", READER]},
+        {"server_id": "dev", "name": "reader", "command": ["python3", "-c", READER, "typed"]},
     )
     wait_until(lambda: "ready" in "".join(shop.api("GET", "sessions/reader/screen")["lines"]))
     return shop, agent, made
 
 
 def typed(agent) -> bytes:
-    """What the program has read, without the marks of a paste."""
-    path = agent.folder / "typed"
+    return read_by(agent.folder / "typed")
+
+
+def read_by(path) -> bytes:
+    """What the program with this file has read, without the marks of a paste."""
     data = path.read_bytes() if path.exists() else b""
     return data.replace(b"\x1b[200~", b"").replace(b"\x1b[201~", b"")
 
