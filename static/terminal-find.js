@@ -1,4 +1,5 @@
 // A bar that finds a text: in the terminal, and in the lines of the scrollback.
+import { SearchAddon } from "./vendor/addon-search.mjs";
 
 const COLOURS = {
   matchBackground: "#6b5a1e", matchOverviewRuler: "#e0b35c",
@@ -6,12 +7,43 @@ const COLOURS = {
 };
 const MOST = 5000; // matches in the scrollback
 
+// The add-on remembers the lines it has read until a line feed; a program that draws the screen anew
+// may do without one, so here they are forgotten whenever something was written. And where the first
+// line says that it goes on from one before it, which is gone, the add-on would look for that, and
+// read on behind the last one.
+export class Search extends SearchAddon {
+  activate(term) {
+    const active = () => Object.create(term.buffer.active, { getLine: { value: line } });
+    function line(y) {
+      if (y < 0 || y >= term.buffer.active.length) return undefined;
+      const found = term.buffer.active.getLine(y);
+      return y === 0 ? Object.create(found, { isWrapped: { value: false } }) : found;
+    }
+    super.activate(Object.create(term, {
+      onLineFeed: { value: term.onWriteParsed },
+      buffer: { value: Object.defineProperty({}, "active", { get: active }) },
+    }));
+  }
+}
+
 // What is found in a terminal, by its add-on: {seek(text, step), clear()}; tell(index, count).
 // The add-on goes on from what is selected; a resize takes the selection away and leaves the lines.
 export function inTerminal(term, addon, tell) {
   let found = null; // [column, line, length] of the match one is at
+  let wanted = "";
+  let gone = false; // the screen was empty for a moment, as it is while it is drawn anew
+  const options = (incremental) => ({ decorations: COLOURS, incremental });
+
+  function backToPlace() {
+    gone = false;
+    term.select(...found);
+    addon.findPrevious(wanted, options(true), { noScroll: true });
+  }
+
   addon.onDidChangeResults(({ resultIndex, resultCount }) => {
-    const place = resultIndex < 0 ? null : term.getSelectionPosition();
+    const place = term.getSelectionPosition();
+    if (place && gone && resultCount) return backToPlace();
+    gone = Boolean(found) && !place;
     if (place) found = [place.start.x, place.start.y, (place.end.y - place.start.y) * term.cols + place.end.x - place.start.x];
     tell(resultIndex, resultCount);
   });
@@ -20,12 +52,14 @@ export function inTerminal(term, addon, tell) {
   });
   return {
     seek(text, step) {
-      const options = { decorations: COLOURS, incremental: step === 0 };
-      if (step < 0) addon.findPrevious(text, options);
-      else addon.findNext(text, options);
+      if (text !== wanted) found = null;
+      wanted = text;
+      if (step < 0) addon.findPrevious(text, options(false));
+      else addon.findNext(text, options(step === 0));
     },
     clear() {
       found = null;
+      gone = false;
       addon.clearDecorations();
       term.clearSelection(); // with it Ctrl+C would copy, not interrupt
     },

@@ -5,9 +5,8 @@
 // on there, or begins anew with a repaint, so nothing is missing or drawn twice. Keys that cannot
 // arrive now are refused aloud, never kept for later.
 import { Unicode11Addon } from "./vendor/addon-unicode11.mjs";
-import { SearchAddon } from "./vendor/addon-search.mjs";
 import { Terminal } from "./vendor/xterm.mjs";
-import { findBar, inTerminal, inText } from "./terminal-find.js";
+import { Search, findBar, inTerminal, inText } from "./terminal-find.js";
 import { keyBar } from "./terminal-keys.js";
 
 const part = document.getElementById("terminal-part");
@@ -452,7 +451,7 @@ async function copyScrollback(event) {
 
 // ── the search and the keys ──────────────────────────────────────────────────────────────────────
 
-const searching = new SearchAddon();
+const searching = new Search();
 const find = findBar(at("find"), (tell) => inTerminal(term, searching, tell), () => term.focus());
 const findInLines = findBar(at("scrollback-find"), (tell) => inText(history, tell), () => history.focus());
 const keys = keyBar(at("terminal-keys"), term, askPaste);

