@@ -109,6 +109,10 @@ SETTINGS = (
     ("log_total_mb", 10240.0, "most output kept of all sessions together, in megabytes"),
     ("max_body_mb", 32.0, "largest request accepted, in megabytes"),
     ("request_s", 75.0, "how long the head of a request may take to arrive, in seconds"),
+    ("unread_s", 300.0, "how long a piece of an answer may wait to be read, in seconds"),
+    ("ping_s", 25.0, "silence after which a WebSocket is pinged, in seconds"),
+    ("gone_s", 60.0, "silence after which the other end of a WebSocket is gone, in seconds"),
+    ("linger_s", 15.0, "how long a session is still sent that nobody watches, in seconds"),
     ("log_level", "INFO", "how much the hub logs: DEBUG, INFO, WARNING or ERROR"),
 )
 
@@ -237,6 +241,8 @@ def open_data(settings: dict) -> None:
     moves.QUEUE_TIMEOUT_S = settings["queue_timeout_s"]
     moves.START_TIMEOUT_S = settings["start_timeout_s"]
     models.LOCK_PATIENCE_S = settings["lock_patience_s"]
+    ws.QUIET_S, ws.GONE_S = settings["ping_s"], settings["gone_s"]
+    terminals.LINGER_S = settings["linger_s"]
     models.clock.translate = leases.translate
     leases.listening.begin(settings["offline_after_s"])
     servers.begin()
@@ -504,7 +510,7 @@ def serve(settings: dict) -> int:
     telegram.use_api(settings["telegram_api"])
     telegram_words.use_url(settings["url"])
     telegram.bots.start()
-    server = serving.server(sock, app, settings["request_s"], log)
+    server = serving.server(sock, app, settings["request_s"], settings["unread_s"], log)
     stop, again = threading.Event(), threading.Event()
 
     def restart() -> None:

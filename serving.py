@@ -13,15 +13,14 @@ import time
 
 READ_BYTES = 1024  # of a request, read at a time; every connection holds a buffer of this size
 PACE = 16 * 1024  # bytes of a body that arrive in a second, at the least
-STUCK_S = 300.0  # the longest a piece of an answer may take to be sent
 
 
 class Paced(socket.SocketIO):
     """What a client sends, for as long as it may take."""
 
-    def __init__(self, connection):
+    def __init__(self, connection, unread_s: float):
         super().__init__(connection, "r")
-        self._connection = connection
+        self._connection, self._unread_s = connection, unread_s
         self._until = self._pause_s = self._byte_s = 0.0
 
     def allow(self, seconds: float, byte_s: float = 0.0) -> None:
@@ -36,16 +35,17 @@ class Paced(socket.SocketIO):
         try:
             size = super().readinto(buffer)
         finally:
-            self._connection.settimeout(STUCK_S)
+            self._connection.settimeout(self._unread_s)
         self._until += size * self._byte_s
         return size
 
 
-def server(sock: socket.socket, app, request_s: float, log: logging.Logger):
+def server(sock: socket.socket, app, request_s: float, unread_s: float, log: logging.Logger):
     """The server of a WSGI application on a listening socket; not started yet.
 
     request_s: how many seconds the head of a request may take to arrive, counted from where the
     connection is free for it; its body may take as long again, and a second for each `PACE` bytes.
+    unread_s: how many seconds a piece of an answer may wait for the client to read it.
     """
     from gevent.pool import Pool
     from gevent.pywsgi import WSGIHandler, WSGIServer
@@ -54,7 +54,7 @@ def server(sock: socket.socket, app, request_s: float, log: logging.Logger):
         """Holds little of a connection that lasts: there may be thousands."""
 
         def __init__(self, connection, address, server):
-            self._paced = Paced(connection)
+            self._paced = Paced(connection, unread_s)
             connection._io_refs += 1  # as its own makefile does
             reader = io.BufferedReader(self._paced, READ_BYTES)
             super().__init__(connection, address, server, reader)

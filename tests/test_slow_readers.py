@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from conftest import ROOT, wait_until
+from conftest import wait_until
 from faulting import LONG
 from test_live_security import RESUME, Agent, Person, output
 from test_ws import CLOSE, PING, TEXT, Raw, farewell, frame, text
@@ -20,17 +20,7 @@ FLOOD = 100_000_000
 CHUNK = 64 * 1024
 AHEAD = 256 * 1024  # what the agent has sent and the good reader has not seen, at most
 
-# A hub that loses patience sooner.
-HURRIED = f"""
-from gevent import monkey
-monkey.patch_all()
-import sys
-sys.path[0] = {str(ROOT)!r}
-import terminals, ws
-ws.QUIET_S, ws.GONE_S, ws.CLOSING_S, terminals.LINGER_S = 0.5, 1.0, 0.3, 0.5
-import hub
-sys.exit(hub.main())
-"""
+HURRIED = {"ping_s": 0.5, "gone_s": 1.0, "linger_s": 0.5}
 
 
 class Stage:
@@ -82,10 +72,9 @@ def stage(hub):
 
 
 @pytest.fixture
-def hurried(start_hub, tmp_path):
-    script = tmp_path / "hub.py"
-    script.write_text(HURRIED)
-    made = Stage(start_hub(script=script))
+def hurried(start_hub):
+    """On a hub that loses patience sooner."""
+    made = Stage(start_hub(**HURRIED))
     yield made
     made.agent.close()
 
