@@ -480,7 +480,7 @@ class Hub(RuleBasedStateMachine):
 
 TestHub = Hub.TestCase
 TestHub.settings = settings(
-    max_examples=120,
+    max_examples=60,
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -451,7 +451,7 @@ def test_axe_finds_nothing_where_requests_wait(shop, open_browser, look):
         live(page)
         page.evaluate("document.querySelectorAll('main details').forEach((d) => (d.open = true))")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), address
-        found += barriers(page)
+        found += barriers(page, look)
     assert not found
 
 

@@ -6,10 +6,12 @@ import itertools
 import json
 import re
 import sys
+import time
 
 import pytest
 from playwright.sync_api import expect
 
+import models
 import wire
 import words
 from browsing import live
@@ -455,12 +457,26 @@ STORY = (
 
 
 @pytest.fixture
-def told(run):
-    """A session that has ended, with a silence of five seconds."""
-    return run("sh", "-c", STORY, until=("closed",))
+def told(by_hand, shop):
+    """A session that has printed the same at the same times, and ended; as its agent tells it."""
+    session, say = by_hand
+    pieces = [b"first \x1b[31mred\x1b[0m\r\n", b"second\r\n", b"third\r\n"]
+    starts = itertools.accumulate(map(len, pieces[:-1]))
+    block = {
+        "type": "session_log",
+        "offset": 0,
+        "data": base64.b64encode(b"".join(pieces)).decode(),
+        "at": models.iso(time.time() - 6.5),
+        "times": list(zip(starts, (1.0, 6.0), strict=True)),
+    }
+    say(block, {"type": "session_closed", "exit_code": 0})
+    output = f"sessions/{session['id']}/output"
+    wait_until(lambda: "third" in shop.ask("GET", output).text)
+    return session
 
 
-def test_an_ended_session_plays_and_shows_what_it_printed(told, open_browser):
+def test_an_ended_session_plays_and_shows_what_it_printed(run, open_browser):
+    run("sh", "-c", STORY, until=("closed",))
     page = open_browser()
     page.goto("/sessions?all=1")
     page.get_by_role("link", name="Replay of shell").click()
@@ -477,7 +493,8 @@ def test_an_ended_session_plays_and_shows_what_it_printed(told, open_browser):
     expect(one.screen()).not_to_contain_text("second")
 
 
-def test_an_event_is_jumped_to_however_silence_is_counted(told, open_browser):
+def test_an_event_is_jumped_to_however_silence_is_counted(run, open_browser):
+    run("sh", "-c", STORY, until=("closed",))
     one = Replay(open_browser()).ready()
     closed = one.jump("session closed")
     offset = float(closed.get_attribute("data-offset"))
