@@ -2063,7 +2063,8 @@ class Sessions:
         self.kind = terminals[0].kind  # of new sessions
         self.root = make_private_dir(state_dir / "sessions")
         self.bin = make_private_dir(state_dir / "bin")
-        store.owed.do(install_cli, self.bin)
+        self.compiled = make_private_dir(state_dir / "compiled")
+        store.owed.do(install_cli, self.bin, self.compiled)
         self.profiles = parse_profiles(store.get("profiles", {}))
         self.lock = threading.RLock()
         self.on_typed = lambda session, data: None  # told of what people type
@@ -2172,7 +2173,7 @@ class Sessions:
     def _start(self, order, task):
         session_id = valid_session_id(order["session_id"])
         profile = self.profile(order.get("profile"))
-        launch = Launch(self.directory_of(session_id), order, profile)
+        launch = Launch(self.directory_of(session_id), order, profile, self.compiled)
         argv = program_of(order, task, profile, launch)
         session = Session(
             session_id,
@@ -2267,7 +2268,7 @@ class Sessions:
     def _launch(self, session, order):
         run = self.directory(session) / "run.json"
         # Isolated and without site-packages: nothing of the user's shadows a module of ours.
-        argv = [sys.executable, "-I", "-S", os.path.abspath(__file__), "--exec-session", str(run)]
+        argv = [*run_compiled(__file__, self.compiled, "-I", "-S"), "--exec-session", str(run)]
         size = int(order.get("cols") or 120), int(order.get("rows") or 40)
         return self.terminal(session).new_session(
             session.tmux_name, argv, self.log_path(session), *size
@@ -2924,7 +2925,7 @@ class Launch:
     {prompt_file}, {conversation} (an id chosen here), {model}, {mode}, {session_id}, {directory}
     and {hook} (the command of our hook client, for a shell)."""
 
-    def __init__(self, directory, order, profile):
+    def __init__(self, directory, order, profile, compiled):
         self.id = str(uuid.uuid4())
         self.profile = profile
         self.files = directory / "files"
@@ -2933,7 +2934,7 @@ class Launch:
         self.conversation = self.resumes
         if profile.get("start") == "agent" and not self.resumes:
             self.conversation = str(uuid.uuid4())
-        hook = [sys.executable, "-I", "-S", os.path.abspath(__file__), "--hook", str(directory)]
+        hook = [*run_compiled(__file__, compiled, "-I", "-S"), "--hook", str(directory)]
         self.values = {
             "files": str(self.files),
             "prompt_file": str(self.files / "prompt.md") if self.prompt else "",
@@ -3035,12 +3036,31 @@ def login_shell():
     return [shell, "-l", "-c", again]
 
 
-def install_cli(directory):
+# Python keeps what it compiles of a module, not of a script: each start of ours would compile some
+# 6,000 lines, which takes longer than all the rest of it.
+COMPILED = """import importlib.machinery, os, sys
+where, __file__ = sys.argv[1:3]
+del sys.argv[:2]
+kept = sys.pycache_prefix, sys.dont_write_bytecode, os.umask(0o077)
+sys.pycache_prefix, sys.dont_write_bytecode = where, False
+code = importlib.machinery.SourceFileLoader(__name__, __file__).get_code(__name__)
+sys.pycache_prefix, sys.dont_write_bytecode = kept[:2]
+os.umask(kept[2])
+exec(code)"""
+
+
+def run_compiled(script, directory, *options):
+    """The beginning of a command that runs a script of ours as Python does with these options and
+    keeps in the directory what it was compiled to; where nothing can be kept, it runs as well."""
+    return [sys.executable, *options, "-c", COMPILED, str(directory), os.path.abspath(script)]
+
+
+def install_cli(directory, compiled):
     """Put `orchestratia` in the directory if the command line lies beside this file."""
     cli = Path(__file__).resolve().with_name("cli.py")
     if cli.exists():
         wrapper = directory / "orchestratia"
-        words = shlex.join([sys.executable, str(cli)])
+        words = shlex.join(run_compiled(cli, compiled))
         write_changed(wrapper, f'#!/bin/sh\nexec {words} "$@"\n')
         wrapper.chmod(0o700)
 

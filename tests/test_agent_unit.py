@@ -517,3 +517,37 @@ def test_what_waits_is_taken_in_order_and_again_after_a_new_start(store, logs):
     assert [frame["spool"] for frame in outgoing.take(112)] == [1]
     store.trim_spool(1)
     assert not outgoing.due(200) and outgoing.take(200) == []
+
+
+# ── scripts of ours ───────────────────────────────────────────────────────────────────────────
+
+
+def test_a_script_is_compiled_once_and_anew_when_it_changes(tmp_path):
+    script, kept = tmp_path / "it's one.py", tmp_path / "compiled"
+    command = [*agent.run_compiled(script, kept, "-I", "-S"), "a", "--b"]
+
+    def run(text: str) -> str:
+        if not script.exists() or script.read_text() != text:
+            script.write_text(text)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    says = "import sys; print(__name__, __file__ == {!r}, *sys.argv[1:], sys.pycache_prefix)"
+    text = says.format(str(script))
+    assert run(text) == "__main__ True a --b None\n"
+    [compiled] = kept.rglob("*.pyc")
+    assert stat.S_IMODE(compiled.stat().st_mode) == 0o600
+    made = compiled.stat().st_mtime_ns
+    assert run(text) == "__main__ True a --b None\n"
+    assert compiled.stat().st_mtime_ns == made
+    assert run(f"{text}; print('changed')").endswith("changed\n")
+    compiled.write_bytes(b"nonsense")
+    assert run(f"{text}; print('changed')").endswith("changed\n")
+
+
+def test_a_script_runs_where_nothing_can_be_kept(tmp_path):
+    script = tmp_path / "one.py"
+    script.write_text("raise SystemExit(7)")
+    (tmp_path / "file").touch()
+    command = agent.run_compiled(script, tmp_path / "file" / "compiled")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")

@@ -151,7 +151,7 @@ def test_a_profile_that_cannot_be_used_is_left_out_and_the_others_stay(caplog):
 
 
 def launch(tmp_path, profile="claude", **order):
-    return agent.Launch(tmp_path / "s", {"session_id": "s-1"} | order, PROFILES[profile])
+    return agent.Launch(tmp_path / "s", {"session_id": "s-1"} | order, PROFILES[profile], tmp_path)
 
 
 def test_an_agent_is_started_with_what_was_given(tmp_path):
