@@ -110,6 +110,7 @@ KEPT_BYTES = KB * KB  # of output that the hub has, for the end of a log to be r
 RELEASE_BYTES = KB * KB  # at least, given back to the disk at a time
 RELEASE_S = 1  # between two looks at what may be given back
 KEEP_LEAST_BYTES = 256 * KB  # whatever `log_keep_mb` says
+HANG_UP_AGAIN_S = 1
 MEND_PAUSE_S = 5  # a pipe that dies at once (disk full) is not mended at every look
 ERROR_LINES = 20
 LIVE_BYTES = 256 * KB  # of one live view, waiting to be sent; then its terminal is not read
@@ -2074,13 +2075,13 @@ class Sessions:
         self._typing = collections.defaultdict(threading.Lock)
         self._sizes = {}  # session id: log size at the last look at a dead pane
         self._deadlines = {}  # session id: when a closing one is killed
-        self._hung_up = {}  # session id: how many programs were told to end
+        self._hang_up_at = {}  # session id: when its programs are told again to end
         self._mend_at = {}  # session id: earliest next mending of its pipe
         self._view_at = {}  # session id: earliest next mending of its live view
         self._screens = {}  # session id: (size of log, lines, time) of the last screen
         self._screen_due = {}  # session id: when to look although the interval is not over
         self._memories = (
-            *(self._sizes, self._deadlines, self._hung_up, self._mend_at),
+            *(self._sizes, self._deadlines, self._hang_up_at, self._mend_at),
             *(self._screens, self._screen_due, self._view_at),
         )
 
@@ -2813,13 +2814,15 @@ class Sessions:
             self._deadlines[session.session_id] = time.monotonic() + grace
 
     def _press(self, session, pane, now):
-        """Hang up a closing session once; past its grace kill it, programs before the terminal."""
+        """Hang up a closing session, and again: a shell that is about to wait for a key misses
+        it. Past its grace kill it, programs before the terminal."""
         late = now - self._deadlines.setdefault(session.session_id, now)
         if late >= 0:
             signal_programs(pane.pid, signal.SIGKILL)
-        elif not self._hung_up.get(session.session_id):
+        elif now >= self._hang_up_at.get(session.session_id, 0):
             # None are there yet if the session was closed while it was being started.
-            self._hung_up[session.session_id] = signal_programs(pane.pid, signal.SIGHUP)
+            told = signal_programs(pane.pid, signal.SIGHUP)
+            self._hang_up_at[session.session_id] = now + (HANG_UP_AGAIN_S if told else 0)
         if late >= self.settings.close_grace_s:
             signal_process(pane.pid, signal.SIGKILL)
 

@@ -536,6 +536,18 @@ def test_a_closed_session_gets_a_hang_up_first(agent, wire):
     assert wire.report("session_closed", session_id=session_id)["exit_code"] == 129
 
 
+def test_who_misses_the_first_hang_up_gets_another(agent, wire):
+    agent.kill()
+    agent.config.write_text(agent.config.read_text().replace("grace_s: 0.5", "grace_s: 60"))
+    agent.start()
+    deaf_once = "trap 'trap - HUP; echo missed' HUP; echo on; while :; do sleep 0.1; done"
+    session_id = agent.session(command=["sh", "-c", deaf_once])
+    until(lambda: b"on" in wire.output(session_id))
+    wire.command("session_close", session_id=session_id, force=False)
+    assert wire.report("session_closed", session_id=session_id)["exit_code"] == 129
+    assert b"missed" in wire.output(session_id)
+
+
 # ---------------------------------------------------------------------------- output
 
 
