@@ -28,8 +28,9 @@ from figures import (  # noqa: E402
     resident_mb,
 )
 
+from chromium import CHROMIUM, FLAGS  # noqa: E402
 from demo import Demo  # noqa: E402
-from processes import CHROMIUM, CHROMIUM_FLAGS, Client, until  # noqa: E402
+from processes import Client, until  # noqa: E402
 
 MEASUREMENTS = ("events", "typing", "flood", "board", "graph")
 RATE = 50  # events a second
@@ -143,7 +144,7 @@ class Pages:
 
     def __init__(self, demo: Demo, playwright):
         self.demo = demo
-        self.browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        self.browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         context = self.browser.new_context(
             base_url=demo.url, viewport={"width": 1280, "height": 900}
         )

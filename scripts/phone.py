@@ -8,7 +8,7 @@ from pathlib import Path
 import requests
 from playwright.sync_api import sync_playwright
 
-from processes import CHROMIUM, CHROMIUM_FLAGS
+from chromium import CHROMIUM, FLAGS
 
 STYLE = """
 body { margin: 0; background: #8fb3a3; font: 15px/1.35 system-ui, "DejaVu Sans", sans-serif; }
@@ -104,7 +104,7 @@ def draw(chat, path: Path, scratch: Path) -> None:
         f"<small>bot</small></header><main>{said}</main>"
     )
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         shown = browser.new_page(viewport={"width": 430, "height": 800}, device_scale_factor=1.5)
         shown.set_content(page)
         shown.screenshot(path=path, full_page=True)

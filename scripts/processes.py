@@ -13,11 +13,6 @@ import requests
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 60
 ENDS = {signal.SIGINT, signal.SIGTERM}
-CHROMIUM = "/usr/bin/chromium"
-CHROMIUM_FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 
 
 def until(condition, what: str, seconds: float = PATIENCE_S):

@@ -14,8 +14,9 @@ from playwright.sync_api import sync_playwright
 
 import phone
 import showcase
+from chromium import CHROMIUM, FLAGS
 from demo import Demo
-from processes import CHROMIUM, CHROMIUM_FLAGS, ROOT, until
+from processes import ROOT, until
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -156,7 +157,7 @@ def _screen(call) -> str:
 def take(demo: Demo, made: dict[str, str]) -> None:
     """One picture of each page in each look."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         for look, options in LOOKS.items():
             context = browser.new_context(base_url=demo.url, **options)
             context.add_cookies(

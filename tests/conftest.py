@@ -910,25 +910,16 @@ def cli(shop, tmp_path):
 
 # ── a real browser ────────────────────────────────────────────────────────────────────────────
 
-CHROMIUM = "/usr/bin/chromium"  # the system's package; never the library's own download
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-
 
 @pytest.fixture(scope="module")
 def browser():
     from playwright.sync_api import expect, sync_playwright
 
+    from chromium import CHROMIUM, FLAGS
+
     expect.set_options(timeout=20_000)  # ms: on a busy machine too, only a condition counts
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
         chromium.close()
 

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import click
@@ -10,11 +9,10 @@ import pytest
 
 import cli
 import hub
+import reference
 
 ROOT = Path(hub.__file__).parent
-sys.path.insert(0, str(ROOT / "scripts"))
 
-import reference  # noqa: E402
 
 RELIABILITY = (ROOT / "docs/reliability.md").read_text()
 

@@ -12,10 +12,11 @@ import pytest
 from playwright.sync_api import expect
 
 import models
+import vendor
 import wire
 import words
 from browsing import live
-from conftest import PASSWORD, ROOT, wait_until
+from conftest import PASSWORD, wait_until
 from test_pages_browser import forgive, serve
 from test_terminal_browser import Terminal
 
@@ -673,9 +674,6 @@ def test_the_pages_fit_and_complain_of_nothing(told, open_browser, options):
 
 
 # ── third-party files ─────────────────────────────────────────────────────────────────────────
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import vendor  # noqa: E402
 
 
 def test_every_third_party_file_is_listed_with_its_licence_and_unchanged():

@@ -718,7 +718,7 @@ def test_the_websockets_library_with_compression_offered(peer):
 def test_chromium(peer):
     from playwright.sync_api import sync_playwright
 
-    from conftest import CHROMIUM, FLAGS
+    from chromium import CHROMIUM, FLAGS
 
     script = """port => new Promise((resolve, reject) => {
         const socket = new WebSocket(`ws://127.0.0.1:${port}/echo`, ["chat"].slice(1));
@@ -734,7 +734,7 @@ def test_chromium(peer):
             got.every((s, n) => s === send[n]), got.length, socket.extensions, e.code, e.wasClean]);
     })"""
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
             assert chromium.new_page().evaluate(script, peer.port) == [True, 3, "", 4321, True]
         finally:
