@@ -2065,6 +2065,7 @@ class Sessions:
         self.root = make_private_dir(state_dir / "sessions")
         self.bin = make_private_dir(state_dir / "bin")
         self.compiled = make_private_dir(state_dir / "compiled")
+        store.owed.do(install_starter, self.compiled)
         store.owed.do(install_cli, self.bin, self.compiled)
         self.profiles = parse_profiles(store.get("profiles", {}))
         self.lock = threading.RLock()
@@ -3041,21 +3042,31 @@ def login_shell():
 
 # Python keeps what it compiles of a module, not of a script: each start of ours would compile some
 # 6,000 lines, which takes longer than all the rest of it.
-COMPILED = """import importlib.machinery, os, sys
-where, __file__ = sys.argv[1:3]
-del sys.argv[:2]
+STARTER = """import importlib.machinery, os, sys
+where, __file__ = os.path.dirname(os.path.abspath(__file__)), sys.argv[1]
+del sys.argv[0]
+if not sys.flags.isolated:
+    sys.path[0] = os.path.dirname(__file__)
 kept = sys.pycache_prefix, sys.dont_write_bytecode, os.umask(0o077)
 sys.pycache_prefix, sys.dont_write_bytecode = where, False
 code = importlib.machinery.SourceFileLoader(__name__, __file__).get_code(__name__)
 sys.pycache_prefix, sys.dont_write_bytecode = kept[:2]
 os.umask(kept[2])
-exec(code)"""
+exec(code)
+"""
+
+
+def install_starter(directory):
+    """Put into the directory what runs a script of ours, and keeps there what it compiled it to."""
+    write_changed(directory / "start.py", STARTER)
 
 
 def run_compiled(script, directory, *options):
-    """The beginning of a command that runs a script of ours as Python does with these options and
-    keeps in the directory what it was compiled to; where nothing can be kept, it runs as well."""
-    return [sys.executable, *options, "-c", COMPILED, str(directory), os.path.abspath(script)]
+    """The beginning of a command that runs a script of ours, as Python does with these options, by
+    the starter in the directory; without one it runs all the same, and compiles each time."""
+    starter = directory / "start.py"
+    first = [str(starter)] if starter.exists() else []
+    return [sys.executable, *options, *first, os.path.abspath(script)]
 
 
 def install_cli(directory, compiled):

@@ -524,6 +524,8 @@ def test_what_waits_is_taken_in_order_and_again_after_a_new_start(store, logs):
 
 def test_a_script_is_compiled_once_and_anew_when_it_changes(tmp_path):
     script, kept = tmp_path / "it's one.py", tmp_path / "compiled"
+    kept.mkdir()
+    agent.install_starter(kept)
     command = [*agent.run_compiled(script, kept, "-I", "-S"), "a", "--b"]
 
     def run(text: str) -> str:
@@ -531,13 +533,13 @@ def test_a_script_is_compiled_once_and_anew_when_it_changes(tmp_path):
             script.write_text(text)
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    says = "import sys; print(__name__, __file__ == {!r}, *sys.argv[1:], sys.pycache_prefix)"
+    says = "import sys; print(__name__, __file__ == {0!r} == sys.argv[0], *sys.argv[1:])"
     text = says.format(str(script))
-    assert run(text) == "__main__ True a --b None\n"
+    assert run(text) == "__main__ True a --b\n"
     [compiled] = kept.rglob("*.pyc")
     assert stat.S_IMODE(compiled.stat().st_mode) == 0o600
     made = compiled.stat().st_mtime_ns
-    assert run(text) == "__main__ True a --b None\n"
+    assert run(text) == "__main__ True a --b\n"
     assert compiled.stat().st_mtime_ns == made
     assert run(f"{text}; print('changed')").endswith("changed\n")
     compiled.write_bytes(b"nonsense")
@@ -545,9 +547,13 @@ def test_a_script_is_compiled_once_and_anew_when_it_changes(tmp_path):
 
 
 def test_a_script_runs_where_nothing_can_be_kept(tmp_path):
-    script = tmp_path / "one.py"
+    script, kept = tmp_path / "one.py", tmp_path / "compiled"
     script.write_text("raise SystemExit(7)")
-    (tmp_path / "file").touch()
-    command = agent.run_compiled(script, tmp_path / "file" / "compiled")
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (7, "")
+    bare = agent.run_compiled(script, kept)
+    assert bare == [sys.executable, str(script)]  # there was no room for the starter
+    kept.mkdir()
+    agent.install_starter(kept)
+    (kept / script.parent.relative_to("/").parts[0]).touch()  # in the way of what would be kept
+    for command in (bare, agent.run_compiled(script, kept)):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (7, "")
