@@ -184,12 +184,39 @@ def db(request, tmp_path):
         request.getfixturevalue("app")
         yield models.db.obj
         return
+    lay_out(tmp_path / "hub.db")
     models.open_db(tmp_path / "hub.db")
     auth.use_secret(tmp_path / "secret")
     sessions.use_logs(logs.LogStore(tmp_path / "logs.db"))
     _forget_all()
     yield models.db.obj
     _close()
+
+
+@functools.cache
+def _empty() -> Path:
+    """A database of the newest schema, in which nothing is yet."""
+    folder = tempfile.TemporaryDirectory(prefix="orc-empty-")
+    atexit.register(folder.cleanup)
+    path = Path(folder.name, "hub.db")
+    models.open_db(path)
+    with models.transaction():
+        models.execute("DELETE FROM meta WHERE key = 'clock'")
+    models.close_db()
+    return path
+
+
+def lay_out(path: Path) -> None:
+    """Make a database as its migrations do, which take longer than most tests."""
+    shutil.copy(_empty(), path)
+    _begin_anew(path)
+
+
+def _begin_anew(path: Path) -> None:
+    """This copy is the database of another hub."""
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        epoch = str(uuid.uuid4())
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'hub_epoch'", (epoch,))
 
 
 def _forget_all():
@@ -455,6 +482,8 @@ def app(tmp_path):
     given = {"data": str(tmp_path / "hub"), "url": "http://localhost"}
     settings = hub_module.read_settings(given, {})
     application = hub_module.create_app(settings)
+    Path(given["data"]).mkdir(mode=0o700)
+    lay_out(Path(given["data"], "hub.db"))
     hub_module.open_data(settings)
     _forget_all()
     auth.first_admin(None)
@@ -612,9 +641,7 @@ def begin_at(data: Path) -> str:
     """
     source, token = begun()
     shutil.copytree(source, data)
-    with contextlib.closing(sqlite3.connect(data / "hub.db")) as connection, connection:
-        epoch = str(uuid.uuid4())
-        connection.execute("UPDATE meta SET value = ? WHERE key = 'hub_epoch'", (epoch,))
+    _begin_anew(data / "hub.db")
     return token
 
 
