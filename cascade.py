@@ -293,7 +293,7 @@ _NO_FETCHING = Registry()
 
 # A schema is a stranger's program: it may take so many steps, and its patterns so long in all.
 STEPS = 250_000
-REFERENCE = 8  # steps of following one: it takes about so much longer than any other keyword
+REFERENCE = 8  # steps of following one: some 20 µs, where another keyword takes 3 (2026-11)
 PATTERNS_S = 0.5
 
 

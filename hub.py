@@ -149,6 +149,8 @@ def read_settings(flags: dict | None = None, environ=os.environ) -> dict:
     given = _from_file(data / "hub.yaml") | given
     settings = {name: _typed(name, given.get(name, default)) for name, default, _ in SETTINGS}
     settings["data"] = data
+    if settings["gone_s"] <= settings["ping_s"]:
+        raise BadSetting("gone_s must be more than ping_s: the answer to a ping takes a while.")
     return settings
 
 

@@ -78,6 +78,12 @@ def test_the_log_level_must_be_one(tmp_path):
         read(tmp_path, {"log_level": "LOUD"})
 
 
+@pytest.mark.parametrize("given", [{"ping_s": 60}, {"gone_s": "25"}, {"ping_s": 2, "gone_s": 1}])
+def test_a_socket_is_never_given_up_before_it_was_asked(given):
+    with pytest.raises(hub.BadSetting, match="gone_s must be more than ping_s"):
+        hub.read_settings(given, {})
+
+
 def run(*arguments, env=None):
     return subprocess.run(
         [sys.executable, str(ROOT / "hub.py"), *arguments],
