@@ -34,6 +34,11 @@ export function inTerminal(term, addon, tell) {
   let gone = false; // the screen was empty for a moment, as it is while it is drawn anew
   const options = (incremental) => ({ decorations: COLOURS, incremental });
 
+  function forget() {
+    found = null;
+    gone = false;
+  }
+
   function backToPlace() {
     gone = false;
     term.select(...found);
@@ -52,14 +57,13 @@ export function inTerminal(term, addon, tell) {
   });
   return {
     seek(text, step) {
-      if (text !== wanted) found = null;
+      if (text !== wanted) forget();
       wanted = text;
       if (step < 0) addon.findPrevious(text, options(false));
       else addon.findNext(text, options(step === 0));
     },
     clear() {
-      found = null;
-      gone = false;
+      forget();
       addon.clearDecorations();
       term.clearSelection(); // with it Ctrl+C would copy, not interrupt
     },

@@ -299,6 +299,23 @@ def test_a_screen_drawn_anew_does_not_lose_the_place(run, open_browser, tmp_path
     expect(count).to_have_text("2 of 3")
 
 
+def test_another_text_is_found_where_the_first_has_gone(run, open_browser, tmp_path):
+    drawn = tmp_path / "drawn"
+    script = r"""echo one apple; until [ -e "$1" ]; do sleep 0.05; done
+        printf '\033[H\033[2Ja pear\n'; exec cat"""
+    run("sh", "-c", script, "sh", str(drawn))
+    one = Terminal(open_browser())
+    one.until_shows("one apple")
+    one.page.get_by_role("button", name="Search").click()
+    one.page.keyboard.type("apple")
+    count = one.page.locator("#find output")
+    expect(count).to_have_text("1 of 1")
+    drawn.touch()
+    expect(count).to_have_text("not found")
+    one.page.locator("#find input").fill("pear")
+    expect(count).to_have_text("1 of 1")
+
+
 # ── the keys of a phone ───────────────────────────────────────────────────────────────────────
 
 
