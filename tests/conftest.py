@@ -482,8 +482,8 @@ def app(tmp_path):
     given = {"data": str(tmp_path / "hub"), "url": "http://localhost"}
     settings = hub_module.read_settings(given, {})
     application = hub_module.create_app(settings)
-    Path(given["data"]).mkdir(mode=0o700)
-    lay_out(Path(given["data"], "hub.db"))
+    settings["data"].mkdir(mode=0o700)
+    lay_out(settings["data"] / "hub.db")
     hub_module.open_data(settings)
     _forget_all()
     auth.first_admin(None)

@@ -526,10 +526,15 @@ def test_a_cancelled_worker_is_ended_without_a_report(agent, wire):
     assert len(wire.reports("task_report", task_id=task_id)) == 1
 
 
-def test_a_closed_session_gets_a_hang_up_first(agent, wire):
+def be_patient(agent):
+    """It leaves programs a minute to end."""
     agent.kill()
     agent.config.write_text(agent.config.read_text().replace("grace_s: 0.5", "grace_s: 60"))
     agent.start()
+
+
+def test_a_closed_session_gets_a_hang_up_first(agent, wire):
+    be_patient(agent)
     session_id = agent.session()
     wire.report("session_started", session_id=session_id)
     wire.command("session_close", session_id=session_id, force=False)
@@ -537,9 +542,7 @@ def test_a_closed_session_gets_a_hang_up_first(agent, wire):
 
 
 def test_who_misses_the_first_hang_up_gets_another(agent, wire):
-    agent.kill()
-    agent.config.write_text(agent.config.read_text().replace("grace_s: 0.5", "grace_s: 60"))
-    agent.start()
+    be_patient(agent)
     deaf_once = "trap 'trap - HUP; echo missed' HUP; echo on; while :; do sleep 0.1; done"
     session_id = agent.session(command=["sh", "-c", deaf_once])
     until(lambda: b"on" in wire.output(session_id))

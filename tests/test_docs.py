@@ -12,8 +12,6 @@ import hub
 import reference
 
 ROOT = Path(hub.__file__).parent
-
-
 RELIABILITY = (ROOT / "docs/reliability.md").read_text()
 
 

@@ -1,13 +1,11 @@
 """Flags before environment before hub.yaml; what cannot be used is said in one sentence."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 import hub
-from conftest import ROOT, hub_py
+from conftest import hub_py
 
 DEFAULTS = {name: default for name, default, _ in hub.SETTINGS}
 
@@ -84,32 +82,22 @@ def test_a_socket_is_never_given_up_before_it_was_asked(given):
         hub.read_settings(given, {})
 
 
-def run(*arguments, env=None):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "hub.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        env=env,
-    )
-
-
 def test_a_wrong_flag_ends_the_hub_with_one_sentence(tmp_path):
-    ended = run("--data", str(tmp_path), "--port", "eighty")
+    ended = hub_py("--data", str(tmp_path), "--port", "eighty")
     assert ended.returncode == 2
     assert ended.stderr.startswith("hub.py: port must be")
     assert "Traceback" not in ended.stderr
 
 
 def test_help_names_every_setting():
-    helped = run("--help").stdout
+    helped = hub_py("--help").stdout
     for name in DEFAULTS:
         assert f"--{name.replace('_', '-')}" in helped
 
 
 def test_a_port_that_is_taken_is_said(tmp_path, hub):
     port = hub.url.rpartition(":")[2]
-    ended = run("--data", str(tmp_path / "other"), "--port", port)
+    ended = hub_py("--data", str(tmp_path / "other"), "--port", port)
     assert ended.returncode == 1
     assert "Is another hub running?" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -118,7 +106,7 @@ def test_a_port_that_is_taken_is_said(tmp_path, hub):
 def test_the_first_start_without_a_password_prints_a_link_that_works_once(tmp_path, hub):
     import requests
 
-    ended = run("--data", str(hub.data), "--login-link")
+    ended = hub_py("--data", str(hub.data), "--login-link")
     assert ended.returncode == 0, ended.stderr
     token = ended.stdout.strip().partition("token=")[2]
     url = f"{hub.url}/api/v1/auth/login"
